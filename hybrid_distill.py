@@ -30,6 +30,7 @@ import contextlib
 import copy
 import errno
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -973,6 +974,10 @@ class Run:
         with safe_open(file, "pt") as state:
             return int(state.metadata()["step"])
 
+    def close(self) -> None:
+        self.metrics.close()
+        self.lock.close()
+
     def interrupt(self, *_) -> None:
         """Ctrl-C: stop after this step, saved. A second one stops at once."""
         if self.interrupted:
@@ -1151,12 +1156,11 @@ class Corpus:
         self.file.touch()
         os.truncate(self.file, 4 * self.meta["tokens"])                   # what a kill left behind the last saved count
         self.documents = None
-        used, self.first_block = 0, {}
-        for stage in ("align", "select", "distill", "finetune"):
-            self.first_block[stage] = used
-            length = getattr(settings, f"{stage}_length")
-            sequences = settings.steps(stage) * getattr(settings, f"{stage}_batch")
-            used += -(-sequences // (self.block // length))
+        self.first = {"align": 0}                                          # where in the train part each stage starts to read
+        for stage, following in (("align", "select"), ("select", "distill"), ("distill", "finetune")):
+            self.first[following] = self.first[stage] + settings.steps(stage) * getattr(settings, f"{stage}_batch") * getattr(settings, f"{stage}_length")
+        if settings.chat and not tokenizer.chat_template:
+            raise UserError(f"--chat needs a tokenizer with a chat template, and that of {settings.teacher} has none")
         self._fill(3)
         if self._blocks() < 3:
             raise UserError(f"{settings.data} holds {self.meta['tokens']} tokens in {self.meta['documents']} documents; at least {3 * self.block} are "
@@ -1168,28 +1172,34 @@ class Corpus:
 
     def batches(self, stage: str, batch: int, length: int):
         """A function step -> tokens [batch, length] of the train part."""
-        return lambda step: torch.stack([self._sequence("train", self.first_block[stage], step * batch + b, length) for b in range(batch)])
+        return lambda step: self._read("train", self.first[stage] + torch.arange(step * batch * length, (step + 1) * batch * length)).view(batch, length)
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
         """{"text": [[1, length], ...]}: at most `count` sequences, fewer when the corpus is small."""
-        self._fill(20 * -(-count // (self.block // length)))
-        blocks = -(-(self._blocks() - (part == "test")) // 20)
-        count = min(count, blocks * (self.block // length))
-        return {"text": [self._sequence(part, 0, i, length)[None] for i in range(count)]}
+        self._fill(20 * -(-count * length // self.block))
+        count = min(count, self._blocks(part) * self.block // length)
+        if count == 0:
+            raise UserError(f"the {part} part of {self.settings.data} is shorter than one sequence of {length} tokens; give more text or a shorter length")
+        return {"text": list(self._read(part, torch.arange(count * length)).view(count, 1, length))}
 
-    def _sequence(self, part, first_block, i, length):
-        per_block = self.block // length
-        j = first_block + i // per_block
-        number = {"train": j // 18 * 20 + 2 + j % 18, "validation": 20 * j, "test": 20 * j + 1}[part]
-        self._fill(number + 1)
-        if number >= self._blocks():                                      # the corpus has ended: again from its start
-            n = self._blocks()
-            return self._sequence(part, 0, i % (per_block * (n - -(-n // 20) - -(-(n - 1) // 20))), length)
-        start = number * self.block + i % per_block * length
-        return torch.from_numpy(np.fromfile(self.file, np.uint32, length, offset=4 * start).astype(np.int64))
+    def filler(self, part, n, length, random):
+        """[n, length] of the part, each row from a random place on."""
+        starts = torch.randint(max(1, self._blocks(part) * self.block - length), (n, 1), generator=random)
+        return self._read(part, starts + torch.arange(length))
 
-    def _blocks(self) -> int:
-        return self.meta["tokens"] // self.block
+    def _read(self, part, positions):
+        """The tokens at `positions` of the part's own stream, which is its blocks one behind the other."""
+        number = {"train": lambda j: j // 18 * 20 + 2 + j % 18, "validation": lambda j: 20 * j, "test": lambda j: 20 * j + 1}[part]
+        block = positions // self.block
+        self._fill(int(number(block.max())) + 1)
+        block = block % self._blocks(part) if self.meta["ended"] else block          # the corpus has ended: again from its start
+        stream = np.memmap(self.file, np.uint32, "r")
+        return torch.from_numpy(stream[(number(block) * self.block + positions % self.block).numpy()].astype(np.int64))
+
+    def _blocks(self, part: str = "") -> int:
+        n = self.meta["tokens"] // self.block
+        held = {"validation": -(-n // 20), "test": -(-(n - 1) // 20)}
+        return {**held, "train": n - sum(held.values()), "": n}[part]
 
     def _fill(self, blocks: int) -> None:
         """Tokenise further documents until there are `blocks` blocks, or no more documents."""
@@ -1216,12 +1226,14 @@ class Corpus:
         if column not in row:
             raise UserError(f"{self.settings.data} has no column {column!r}; its columns are {', '.join(row)}: name one with --text-column")
         value = row[column]
-        if self.settings.chat and isinstance(value, list):
-            value = self.tokenizer.apply_chat_template(value, tokenize=False)
-        if not isinstance(value, str) or not value.strip():
-            self.meta["skipped"]["empty" if value is None or value == "" or isinstance(value, str) else "not text"] += 1
-            return None
-        return value
+        if not value or isinstance(value, str) and not value.strip():
+            self.meta["skipped"]["empty"] += 1
+        elif self.settings.chat and isinstance(value, list):
+            return self.tokenizer.apply_chat_template(value, tokenize=False)
+        elif isinstance(value, str):
+            return value
+        else:
+            self.meta["skipped"]["not text"] += 1
 
     def recall_vocabulary(self):
         """Two disjoint sets of common lower-case words that are one token each, as ids: keys and values."""
@@ -1229,9 +1241,6 @@ class Corpus:
         if len(words) < 128:
             words = sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))[:2048]
         return torch.tensor(words[0::2]), torch.tensor(words[1::2])
-
-    def filler(self, part, n, length, random):
-        return torch.stack([torch.cat([self._sequence(part, 0, i, 1) for i in range(k * length, (k + 1) * length)]) for k in range(n)])
 
 
 def load_documents(settings: Settings):
@@ -1513,7 +1522,7 @@ def run_pipeline(settings: Settings, run: Run, teacher, tokenizer, corpus) -> di
     torch.manual_seed(settings.seed)
     student = transfer_attention(teacher, [], share_rest=True)
     if settings.checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(student)
 
     def observer(stage, steps, **how):
         return RunObserver(run, stage, steps, **how)
@@ -1573,6 +1582,11 @@ def run_pipeline(settings: Settings, run: Run, teacher, tokenizer, corpus) -> di
     (run.path / "student" / "README.md").write_text(model_card(report, settings))
     run.write("report.json", report)
     return report
+
+
+def recompute_activations(model) -> None:
+    """Gradient checkpointing of every decoder layer while it trains (renamed within transformers 5)."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def choose_layers(settings, run, corpus, student, teacher, batches, observer) -> dict:
@@ -1751,7 +1765,7 @@ def dry_run(settings: Settings, teacher, corpus) -> str:
     """The plan of a run: layers, trained parameters, tokens, steps, memory for weights and optimizer, and time from a probe of each stage."""
     student = transfer_attention(teacher, [], share_rest=True)
     if settings.checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(student)
     count = lambda model: sum(p.numel() for p in model.parameters())
     L, all_parameters, mixer_parameters = len(teacher.model.layers), count(student), sum(count(mixer) for mixer in mixers(student).values())
     teacher_bytes = sum(p.numel() * p.element_size() for p in teacher.parameters())
@@ -1845,7 +1859,7 @@ def resolve(settings: Settings, L: int | None = None) -> Settings:
 
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
-    settings = parse(argv)
+    settings, run = parse(argv), None
     try:
         settings = resolve(settings)
         if settings.teacher:
@@ -1875,10 +1889,12 @@ def main(argv=None) -> int:
         print(f"error: no space left on the disk of {settings.out}; what was saved before is whole: make room and give the same command again", file=sys.stderr)
     except (UserError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+    finally:
+        if run is not None:
+            run.close()
     return 1
 
 
 if __name__ == "__main__":
     # As a module of its own name, not as __main__: a saved student must be able to say which file its class is in.
-    from hybrid_distill import main
-    sys.exit(main())
+    sys.exit(importlib.import_module("hybrid_distill").main())

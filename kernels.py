@@ -1,8 +1,20 @@
 """The gated delta rule: recurrence (ground truth), chunked PyTorch."""
 from __future__ import annotations
 
+import contextlib
+import re
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit(do_not_specialize=["tokens"])   # T = 1 is no other program
+except ImportError:                                  # macOS, Windows: the PyTorch backend alone
+    triton, tl, jit = None, None, lambda f: f
 
 
 # ------------------------------------------------------------------------------------------- the recurrence (ground truth)
@@ -66,8 +78,7 @@ class ChunkedTorch(torch.autograd.Function):
         S[0] = S0
         for n in range(N):
             # 1. D_ij = gamma_i / gamma_j for i >= j.
-            torch.sub(log_gamma[n, :, :, None], log_gamma[n, :, None, :], out=D[n]) if k.dtype == torch.float64 else D[n].copy_(log_gamma[n, :, :, None] - log_gamma[n, :, None, :])
-            D[n].exp_().tril_()
+            D[n].copy_(log_gamma[n, :, :, None] - log_gamma[n, :, None, :]).exp_().tril_()
             # 2. A = strictLower(beta_i D_ij k_i.k_j),  T = (I + A)^-1
             A = torch.bmm(k[n] * b[n], k[n].mT).mul_(D[n])
             T[n] = unit_lower_inverse(A)
@@ -111,11 +122,11 @@ class ChunkedTorch(torch.autograd.Function):
         return dq, dk, dv, dlog.flip(-1).cumsum(-1).flip(-1).to(k.dtype), dbeta, dS
 
 
-def chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, chunk=None):
+def chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, ):
     B, T, H, Dk = q.shape
     HV, Dv = v.shape[2:]
     work = torch.promote_types(q.dtype, torch.float32)
-    import os; C = min(int(os.environ.get('CH',64)), T)
+    C = min(64 if max(Dk, Dv) > 32 else 32, T)
     N = -(-T // C)
     q, k, v, g, beta = (x.to(work) for x in (q, k, v, g, beta))
     if use_qk_l2norm_in_kernel:
@@ -135,10 +146,445 @@ def chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel,
     return o, S.unflatten(0, (B, HV))
 
 
+# ------------------------------------------------------------------------------------------- chunked, in Triton
+
+@jit
+def sequence(cu_seqlens, first_chunk, s, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Sequence s: its first token, its length, and the number of its first chunk."""
+    if VARLEN:
+        start = tl.load(cu_seqlens + s).to(tl.int64)
+        return start, tl.load(cu_seqlens + s + 1).to(tl.int64) - start, tl.load(first_chunk + s).to(tl.int64)
+    else:
+        s = s.to(tl.int64)
+        return s * tokens, tokens.to(tl.int64), s * tl.cdiv(tokens, C)
+
+
+@jit
+def tile(start, t0, length, head, HEADS: tl.constexpr, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr):
+    """Offsets [C, BD] into a [tokens, HEADS, D] tensor, and the mask of what exists (64-bit: it may pass 2^31)."""
+    t, d = t0 + tl.arange(0, C), d0 + tl.arange(0, BD)
+    return ((start + t)[:, None] * HEADS + head) * D + d[None, :], (t < length)[:, None] & (d < D)[None, :]
+
+
+@jit
+def state_tile(row, d0, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Offsets [BK, BV] into the state of one chunk (or sequence) and head, and the mask of what exists."""
+    d, v = d0 + tl.arange(0, BK), v0 + tl.arange(0, BV)
+    return row * DK * DV + d[:, None] * DV + v[None, :], (d < DK)[:, None] & (v < DV)[None, :]
+
+
+@jit
+def gates(g, beta, start, t0, length, head, HEADS: tl.constexpr, C: tl.constexpr):
+    """log gamma = cumsum(g) of one chunk as a sum of two floats (hi + lo), its last value, and beta; zero behind the end."""
+    t = t0 + tl.arange(0, C)
+    at, inside = (start + t) * HEADS + head, t < length
+    g = tl.load(g + at, mask=inside, other=0.0).to(tl.float64)
+    total, log_gamma = tl.sum(g, 0), tl.cumsum(g, 0)
+    hi = log_gamma.to(tl.float32)
+    lo = (log_gamma - hi.to(tl.float64)).to(tl.float32)
+    gamma, rest = tl.exp(log_gamma.to(tl.float32)), tl.exp((total - log_gamma).to(tl.float32))
+    return hi, lo, gamma, rest, tl.exp(total.to(tl.float32)), tl.load(beta + at, mask=inside, other=0.0)
+
+
+@jit
+def decay(hi, lo, C: tl.constexpr):
+    """D_ij = gamma_i / gamma_j for i >= j, else 0. Masked before exp (above the diagonal it overflows) and after."""
+    i = tl.arange(0, C)
+    lower = i[:, None] >= i[None, :]
+    log = (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :])
+    return tl.where(lower, tl.exp(tl.where(lower, log, 0.0)), 0.0)
+
+
+@jit
+def squares(x):
+    """|x_i|^2 of each row."""
+    x = x.to(tl.float32)
+    return tl.sum(x * x, 1)
+
+
+@jit
+def inverse_length(xx, NORM: tl.constexpr):
+    """1 / |x_i|. The L2-norm is a factor of a row: it is applied behind the products, to the other factors of the row."""
+    return tl.rsqrt(xx + 1e-6) if NORM else tl.full([xx.shape[0]], 1.0, tl.float32)
+
+
+@jit
+def inverse_kernel(k, g, beta, T, cu_seqlens, first_chunk, chunk_seq, tokens,
+                   H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                   VARLEN: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
+    c, h = tl.program_id(0), tl.program_id(1)
+    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
+    if s < 0:
+        return
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    t0 = (c - first) * C
+    # 1. A = strictLower(beta_i D_ij k_i.k_j)
+    at, inside = tile(start, t0, length, h // (HV // H), H, DK, 0, C, BK)
+    bk = tl.load(k + at, mask=inside, other=0.0)
+    rk = inverse_length(squares(bk), NORM)
+    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, start, t0, length, h, HV, C)
+    A = tl.dot(bk, tl.trans(bk), input_precision="ieee") * decay(hi, lo, C) * (b * rk)[:, None] * rk[None, :]
+    r = tl.arange(0, C)
+    row, col = r[:, None], r[None, :]
+    A = tl.where(row > col, A, 0.0)
+    # 2. 16 x 16 diagonal blocks, all at once: row i of T = e_i - A_i T, for i = 1..15
+    blocks: tl.constexpr = C // 16
+    n, i16 = tl.arange(0, blocks), tl.arange(0, 16)
+    diagonal = (n[:, None] == n[None, :])[:, None, :, None]
+    A16 = tl.sum(tl.where(diagonal, tl.reshape(A, (blocks, 16, blocks, 16)), 0.0), 2)      # [blocks, 16, 16]
+    row16 = i16[None, :, None]
+    inv16 = tl.where((row16 == i16[None, None, :]) & (n[:, None, None] >= 0), 1.0, 0.0)
+    for i in range(1, 16):
+        a = tl.sum(tl.where(row16 == i, A16, 0.0), 1)                                      # row i of A
+        inv16 -= tl.where(row16 == i, tl.sum(a[:, :, None] * inv16, 1)[:, None, :], 0.0)
+    inv = tl.reshape(tl.where(diagonal, inv16[:, :, None, :], 0.0), (C, C))
+    # 3. merge pairs of blocks: [[T1, 0], [-T2 A21 T1, T2]]
+    for level in tl.static_range(0, C.bit_length() - 5):
+        size = 16 << level
+        A21 = tl.where((row // (2 * size) == col // (2 * size)) & (row // size > col // size), A, 0.0)
+        inv -= tl.dot(inv, tl.dot(A21, inv, input_precision=PREC), input_precision=PREC)
+    tl.store(T + (c.to(tl.int64) * HV + h) * C * C + row * C + col, inv.to(T.dtype.element_ty))
+
+
+@jit
+def forward_kernel(q, k, v, g, beta, T, S0, o, U, states, S_out, cu_seqlens, first_chunk, tokens, scale,
+                   H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+                   BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr,
+                   NORM: tl.constexpr, SAVE: tl.constexpr):
+    dt = k.dtype.element_ty
+    v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    r, dk, dv = tl.arange(0, C), tl.arange(0, BK), v0 + tl.arange(0, BV)
+    at_S, in_S = dk[:, None] * DV + dv[None, :], (dk < DK)[:, None] & (dv < DV)[None, :]
+    state = (s.to(tl.int64) * HV + h) * DK * DV
+    S = tl.load(S0 + state + at_S, mask=in_S, other=0.0) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
+    for n in range(tl.cdiv(length, C)):
+        t0, chunk = n * C, (first + n) * HV + h
+        at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, 0, C, BK)
+        at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
+        bk = tl.load(k + at_k, mask=in_k, other=0.0)
+        rk = inverse_length(squares(bk), NORM)
+        bv = tl.load(v + at_v, mask=in_v, other=0.0)
+        bT = tl.load(T + chunk * C * C + r[:, None] * C + r[None, :])
+        hi, lo, gamma, rest, gamma_C, b = gates(g, beta, start, t0, length, h, HV, C)
+        Sd = S.to(dt)
+        R = b[:, None] * (bv - (gamma * rk)[:, None] * tl.dot(bk, Sd, input_precision="ieee"))
+        bU = tl.dot(bT, R.to(dt), input_precision="ieee")
+        if SAVE:
+            tl.store(U + at_v, bU.to(dt), mask=in_v)
+            tl.store(states + chunk * DK * DV + at_S, Sd, mask=in_S)
+        else:
+            bq = tl.load(q + at_k, mask=in_k, other=0.0)
+            rq = inverse_length(squares(bq), NORM) * scale
+            P = tl.dot(bq, tl.trans(bk), input_precision="ieee") * decay(hi, lo, C) * rq[:, None] * rk[None, :]
+            bo = (gamma * rq)[:, None] * tl.dot(bq, Sd, input_precision="ieee")
+            bo += tl.dot(P.to(dt), bU.to(dt), input_precision="ieee")
+            tl.store(o + at_v, bo.to(dt), mask=in_v)
+        S = gamma_C * S + tl.dot(tl.trans(bk), ((rest * rk)[:, None] * bU).to(dt), input_precision="ieee")
+    if not SAVE:
+        tl.store(S_out + state + at_S, S, mask=in_S)
+
+
+@jit
+def backward_state_kernel(q, k, g, beta, T, do, dS_out, X, dstates, dS0, cu_seqlens, first_chunk, tokens, scale,
+                          H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+                          BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr,
+                          NORM: tl.constexpr):
+    dt = k.dtype.element_ty
+    v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    r, dk, dv = tl.arange(0, C), tl.arange(0, BK), v0 + tl.arange(0, BV)
+    at_S, in_S = dk[:, None] * DV + dv[None, :], (dk < DK)[:, None] & (dv < DV)[None, :]
+    state = (s.to(tl.int64) * HV + h) * DK * DV
+    dS = tl.load(dS_out + state + at_S, mask=in_S, other=0.0)
+    chunks = tl.cdiv(length, C)
+    for m in range(chunks):
+        n = chunks - 1 - m
+        t0, chunk = n * C, (first + n) * HV + h
+        at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, 0, C, BK)
+        at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
+        bk = tl.load(k + at_k, mask=in_k, other=0.0)
+        bq = tl.load(q + at_k, mask=in_k, other=0.0)
+        rk, rq = inverse_length(squares(bk), NORM), inverse_length(squares(bq), NORM) * scale
+        bdo = tl.load(do + at_v, mask=in_v, other=0.0)
+        bT = tl.load(T + chunk * C * C + r[:, None] * C + r[None, :])
+        hi, lo, gamma, rest, gamma_C, b = gates(g, beta, start, t0, length, h, HV, C)
+        dSd = dS.to(dt)
+        tl.store(dstates + chunk * DK * DV + at_S, dSd, mask=in_S)
+        P = tl.dot(bq, tl.trans(bk), input_precision="ieee") * decay(hi, lo, C) * rq[:, None] * rk[None, :]
+        dU = tl.dot(tl.trans(P.to(dt)), bdo, input_precision="ieee")
+        dU += (rest * rk)[:, None] * tl.dot(bk, dSd, input_precision="ieee")
+        bX = tl.dot(tl.trans(bT), dU.to(dt), input_precision="ieee")
+        tl.store(X + at_v, bX.to(dt), mask=in_v)
+        dS = gamma_C * dS + tl.dot(tl.trans(bq), ((gamma * rq)[:, None] * bdo).to(dt), input_precision="ieee")
+        dS -= tl.dot(tl.trans(bk), ((b * gamma * rk)[:, None] * bX).to(dt), input_precision="ieee")
+    if HAS_S0:
+        tl.store(dS0 + state + at_S, dS, mask=in_S)
+
+
+@jit
+def backward_chunk_kernel(q, k, v, g, beta, do, U, X, states, dstates, dq, dk, dv, dg, dbeta,
+                          cu_seqlens, first_chunk, chunk_seq, tokens, scale,
+                          H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+                          BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
+    dt = k.dtype.element_ty
+    c, h = tl.program_id(0), tl.program_id(1)
+    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
+    if s < 0:
+        return
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    t0, chunk = (c - first) * C, c.to(tl.int64) * HV + h
+    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, start, t0, length, h, HV, C)
+    r = tl.arange(0, C)
+    t = t0 + r
+    at_g = (start + t) * HV + h
+    # 1. dP = dO U~^T D, dA = -X U~^T D, dV = beta X
+    dP, dA, xv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    for v0 in range(0, DV, BV):
+        at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
+        bdo, bU = tl.load(do + at_v, mask=in_v, other=0.0), tl.load(U + at_v, mask=in_v, other=0.0)
+        bX, bv = tl.load(X + at_v, mask=in_v, other=0.0), tl.load(v + at_v, mask=in_v, other=0.0)
+        dP += tl.dot(bdo, tl.trans(bU), input_precision="ieee")
+        dA -= tl.dot(bX, tl.trans(bU), input_precision="ieee")
+        xv += tl.sum(bX.to(tl.float32) * bv.to(tl.float32), 1)
+        tl.store(dv + at_v, (b[:, None] * bX).to(dt), mask=in_v)
+    D = decay(hi, lo, C)
+    dP *= D * scale
+    dA = tl.where(r[:, None] > r[None, :], dA * D, 0.0)
+    # 2. |q_i|^-1 and |k_i|^-1
+    qq, kk = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    if NORM:
+        for d0 in range(0, DK, BK):
+            at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, d0, C, BK)
+            qq += squares(tl.load(q + at_k, mask=in_k, other=0.0))
+            kk += squares(tl.load(k + at_k, mask=in_k, other=0.0))
+    rq, rk = inverse_length(qq, NORM), inverse_length(kk, NORM)
+    # 3. dQ, dK, and the sums over Dk
+    E_row, E_col, F_row, F_col = (tl.zeros([C], tl.float32),) * 4
+    qy, kz, kr, sds = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
+    for d0 in range(0, DK, BK):
+        d = d0 + tl.arange(0, BK)
+        at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, d0, C, BK)
+        at_d, in_d = tile(start, t0, length, h, HV, DK, d0, C, BK)
+        bk, bq = tl.load(k + at_k, mask=in_k, other=0.0), tl.load(q + at_k, mask=in_k, other=0.0)
+        # E = dP Q K^T, Y = gamma dO S_0^T, dQ = Y + dP K
+        E = dP * tl.dot(bq, tl.trans(bk), input_precision="ieee") * rq[:, None] * rk[None, :]
+        E_row += tl.sum(E, 1)
+        E_col += tl.sum(E, 0)
+        Y = tl.zeros([C, BK], tl.float32)
+        for v0 in range(0, DV, BV):
+            at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
+            at_S, in_S = state_tile(chunk, d0, v0, DK, DV, BK, BV)
+            S = tl.load(states + at_S, mask=in_S, other=0.0)
+            Y += tl.dot(tl.load(do + at_v, mask=in_v, other=0.0), tl.trans(S), input_precision="ieee")
+        Y *= (gamma * scale)[:, None]
+        qy += rq * tl.sum(bq.to(tl.float32) * Y, 1)
+        bdq = Y + tl.dot((dP * rk[None, :]).to(dt), bk, input_precision="ieee")
+        tl.store(dq + at_d, bdq.to(dq.dtype.element_ty), mask=in_d)
+        # F = dA K K^T, Z = gamma X S_0^T
+        F = dA * tl.dot(bk, tl.trans(bk), input_precision="ieee") * rk[:, None] * rk[None, :]
+        F_row += tl.sum(F, 1)
+        F_col += tl.sum(F * b[:, None], 0)
+        Z = tl.zeros([C, BK], tl.float32)
+        for v0 in range(0, DV, BV):
+            at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
+            at_S, in_S = state_tile(chunk, d0, v0, DK, DV, BK, BV)
+            S, dS = tl.load(states + at_S, mask=in_S, other=0.0), tl.load(dstates + at_S, mask=in_S, other=0.0)
+            Z += tl.dot(tl.load(X + at_v, mask=in_v, other=0.0), tl.trans(S), input_precision="ieee")
+            sds += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+        Z *= gamma[:, None]
+        kz += rk * tl.sum(bk.to(tl.float32) * Z, 1)
+        bdk = -b[:, None] * Z + tl.dot(tl.trans((dP * rq[:, None]).to(dt)), bq, input_precision="ieee")
+        bA = dA * b[:, None]
+        bdk += tl.dot((bA * rk[None, :]).to(dt), bk, input_precision="ieee")
+        bdk += tl.dot(tl.trans((bA * rk[:, None]).to(dt)), bk, input_precision="ieee")
+        # R = (gamma_C / gamma) U~ dS_C^T
+        R = tl.zeros([C, BK], tl.float32)
+        for v0 in range(0, DV, BV):
+            at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
+            at_S, in_S = state_tile(chunk, d0, v0, DK, DV, BK, BV)
+            dS = tl.load(dstates + at_S, mask=in_S, other=0.0)
+            R += tl.dot(tl.load(U + at_v, mask=in_v, other=0.0), tl.trans(dS), input_precision="ieee")
+        R *= rest[:, None]
+        kr += rk * tl.sum(bk.to(tl.float32) * R, 1)
+        tl.store(dk + at_d, (bdk + R).to(dk.dtype.element_ty), mask=in_d)
+    # 4. dbeta, dg
+    tl.store(dbeta + at_g, F_row + xv - kz, mask=t < length)
+    dlog = E_row - E_col + b * F_row - F_col + qy - b * kz - kr
+    after = tl.sum(dlog, 0) - tl.cumsum(dlog, 0) + dlog
+    tl.store(dg + at_g, after + tl.sum(kr, 0) + gamma_C * sds, mask=t < length)
+    # 5. backward of the norm
+    if NORM:
+        tl.debug_barrier()
+        sq, sk = (E_row + qy) * rq, (E_col + b * F_row + F_col + kr - b * kz) * rk
+        for d0 in range(0, DK, BK):
+            at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, d0, C, BK)
+            at_d, in_d = tile(start, t0, length, h, HV, DK, d0, C, BK)
+            bk, bq = tl.load(k + at_k, mask=in_k, other=0.0).to(tl.float32), tl.load(q + at_k, mask=in_k, other=0.0).to(tl.float32)
+            bdq, bdk = tl.load(dq + at_d, mask=in_d, other=0.0).to(tl.float32), tl.load(dk + at_d, mask=in_d, other=0.0).to(tl.float32)
+            tl.store(dq + at_d, (rq[:, None] * (bdq - bq * sq[:, None])).to(dq.dtype.element_ty), mask=in_d)
+            tl.store(dk + at_d, (rk[:, None] * (bdk - bk * sk[:, None])).to(dk.dtype.element_ty), mask=in_d)
+
+
+@jit
+def decode_kernel(q, k, v, g, beta, S0, o, S_out, tokens, scale,
+                  H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
+                  BV: tl.constexpr, HAS_S0: tl.constexpr, NORM: tl.constexpr):
+    v0, s, h = tl.program_id(0) * BV, (tl.program_id(1) // HV).to(tl.int64), tl.program_id(1) % HV
+    dk, dv = tl.arange(0, BK), v0 + tl.arange(0, BV)
+    at_S, in_S = (s * HV + h) * DK * DV + dk[:, None] * DV + dv[None, :], (dk < DK)[:, None] & (dv < DV)[None, :]
+    S = tl.load(S0 + at_S, mask=in_S, other=0.0) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
+    for t in range(tokens):
+        token = s * tokens + t
+        at_k = (token * H + h // (HV // H)) * DK + dk
+        at_v, at_g = (token * HV + h) * DV + dv, token * HV + h
+        bk = tl.load(k + at_k, mask=dk < DK, other=0.0).to(tl.float32)
+        bq = tl.load(q + at_k, mask=dk < DK, other=0.0).to(tl.float32)
+        bv = tl.load(v + at_v, mask=dv < DV, other=0.0).to(tl.float32)
+        if NORM:
+            bk *= tl.rsqrt(tl.sum(bk * bk, 0) + 1e-6)
+            bq *= tl.rsqrt(tl.sum(bq * bq, 0) + 1e-6)
+        S *= tl.exp(tl.load(g + at_g))
+        error = bv - tl.sum(S * bk[:, None], 0)
+        S += bk[:, None] * (tl.load(beta + at_g) * error)[None, :]
+        tl.store(o + at_v, (tl.sum(S * bq[:, None], 0) * scale).to(o.dtype.element_ty), mask=dv < DV)
+    tl.store(S_out + at_S, S, mask=in_S)
+
+
+def triton_tiles(Dk, Dv, dtype):
+    """Chunk length, tile sizes, warps and pipeline stages by head size: a fixed table instead of autotuning."""
+    pow2 = lambda n: max(16, 1 << (n - 1).bit_length())
+    BK, narrow = pow2(Dk), dtype != torch.float32
+    C = (64 if BK <= 128 else 32) if narrow else (32 if BK <= 128 else 16)
+    BV = min(pow2(Dv), 32 if narrow or BK <= 64 else 16)
+    block = min(64 if narrow else 32, BK), min(64 if narrow else 32, pow2(Dv))
+    return C, dict(BK=BK, num_warps=4), dict(BK=BK, BV=BV, num_warps=4, num_stages=2), dict(BK=block[0], BV=block[1], num_warps=4, num_stages=2)
+
+
+def chunk_table(q, cu_seqlens, C):
+    """-> (sequences, chunks at most, first chunk of each sequence, sequence of each chunk or -1). No copy to the host."""
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        return B, B * (-(-T // C)), None, None
+    sequences = cu_seqlens.numel() - 1
+    ends = ((cu_seqlens.diff() + C - 1) // C).cumsum(0)
+    c = torch.arange(T // C + sequences, device=q.device)
+    seq = torch.searchsorted(ends, c, right=True)
+    return sequences, len(c), F.pad(ends, (1, 0))[:-1], torch.where(seq < sequences, seq, -1)
+
+
+OPS = re.sub(r"\W", "_", __name__)        # one namespace a module: a saved checkpoint brings its own copy of this file
+
+
+@torch.library.custom_op(f"{OPS}::gated_delta_rule_forward", mutates_args=())
+def triton_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
+                   cu_seqlens: Optional[Tensor], norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """-> o, final state, T [chunks, HV, C, C]."""
+    B, tokens, H, Dk = q.shape
+    HV, Dv = v.shape[2:]
+    C, by_chunk, by_sequence, _ = triton_tiles(Dk, Dv, q.dtype)
+    sequences, chunks, first_chunk, chunk_seq = chunk_table(q, cu_seqlens, C)
+    T, o = q.new_empty(chunks, HV, C, C), torch.empty_like(v)
+    S_out = g.new_empty(sequences, HV, Dk, Dv)
+    common = dict(H=H, HV=HV, DK=Dk, C=C, VARLEN=cu_seqlens is not None, NORM=norm)
+    with on_device(q):
+        inverse_kernel[(chunks, HV)](k, g, beta, T, cu_seqlens, first_chunk, chunk_seq, tokens, **common,
+                                     PREC="ieee" if q.dtype == torch.float32 else "tf32", **by_chunk)
+        forward_kernel[lambda m: (triton.cdiv(Dv, m["BV"]), sequences * HV)](
+            q, k, v, g, beta, T, initial_state, o, None, None, S_out, cu_seqlens, first_chunk, tokens, scale, **common,
+            **by_sequence, DV=Dv, HAS_S0=initial_state is not None, SAVE=False)
+    return o, S_out, T
+
+
+@triton_forward.register_fake
+def _(q, k, v, g, beta, scale, initial_state, cu_seqlens, norm):
+    B, T, _, Dk = q.shape
+    HV, Dv = v.shape[2:]
+    C = triton_tiles(Dk, Dv, q.dtype)[0]
+    sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    chunks = B * (-(-T // C)) if cu_seqlens is None else T // C + sequences
+    return torch.empty_like(v), g.new_empty(sequences, HV, Dk, Dv), q.new_empty(chunks, HV, C, C)
+
+
+@torch.library.custom_op(f"{OPS}::gated_delta_rule_backward", mutates_args=())
+def triton_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
+                    cu_seqlens: Optional[Tensor], norm: bool, T: Tensor, do: Tensor, dS: Tensor,
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of q, k, v, g, beta, initial_state (empty without one)."""
+    B, tokens, H, Dk = q.shape
+    HV, Dv = v.shape[2:]
+    C, _, by_sequence, by_block = triton_tiles(Dk, Dv, q.dtype)
+    sequences, chunks, first_chunk, chunk_seq = chunk_table(q, cu_seqlens, C)
+    states, dstates = q.new_empty(chunks, HV, Dk, Dv), q.new_empty(chunks, HV, Dk, Dv)
+    U, X, dv, dg, dbeta = (torch.empty_like(x) for x in (v, v, v, g, beta))
+    dS0 = g.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
+    dq, dk = (q.new_empty(B, tokens, HV, Dk, dtype=q.dtype if H == HV else torch.float32) for _ in range(2))
+    common = dict(H=H, HV=HV, DK=Dk, DV=Dv, C=C, VARLEN=cu_seqlens is not None, NORM=norm)
+    serial = lambda m: (triton.cdiv(Dv, m["BV"]), sequences * HV)
+    with on_device(q):
+        forward_kernel[serial](q, k, v, g, beta, T, initial_state, None, U, states, None, cu_seqlens, first_chunk, tokens,
+                               scale, **common, **by_sequence, HAS_S0=initial_state is not None, SAVE=True)
+        backward_state_kernel[serial](q, k, g, beta, T, do, dS, X, dstates, dS0, cu_seqlens, first_chunk, tokens, scale,
+                                      **common, **by_sequence, HAS_S0=initial_state is not None)
+        backward_chunk_kernel[(chunks, HV)](q, k, v, g, beta, do, U, X, states, dstates, dq, dk, dv, dg, dbeta,
+                                            cu_seqlens, first_chunk, chunk_seq, tokens, scale, **common, **by_block)
+    if H != HV:
+        dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, dg, dbeta, dS0
+
+
+@triton_backward.register_fake
+def _(q, k, v, g, beta, scale, initial_state, cu_seqlens, norm, T, do, dS):
+    dS0 = g.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
+    return *(torch.empty_like(x) for x in (q, k, v, g, beta)), dS0
+
+
+def _save(ctx, inputs, output):
+    q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.norm = inputs
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, output[2])
+
+
+def _backward(ctx, do, dS, dT):
+    q, k, v, g, beta, initial_state, cu_seqlens, T = ctx.saved_tensors
+    *grads, dS0 = triton_backward(q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.norm, T, do.contiguous(), dS.contiguous())
+    return *grads, None, None if initial_state is None else dS0, None, None
+
+
+triton_forward.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op(f"{OPS}::gated_delta_rule_decode", mutates_args=())
+def triton_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
+                  norm: bool) -> tuple[Tensor, Tensor]:
+    """-> o, new state."""
+    B, tokens, H, Dk = q.shape
+    HV, Dv = v.shape[2:]
+    o, S_out = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv)
+    BV = 16
+    with on_device(q):
+        decode_kernel[(-(-Dv // BV), B * HV)](q, k, v, g, beta, initial_state, o, S_out, tokens, scale, H=H, HV=HV, DK=Dk, DV=Dv,
+                                              BK=triton.next_power_of_2(Dk), BV=BV, HAS_S0=initial_state is not None, NORM=norm, num_warps=4)
+    return o, S_out
+
+
+@triton_decode.register_fake
+def _(q, k, v, g, beta, scale, initial_state, norm):
+    return torch.empty_like(v), g.new_empty(q.shape[0], v.shape[2], q.shape[3], v.shape[3])
+
+
+def on_device(x):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
                            use_qk_l2norm_in_kernel=False, cu_seqlens=None, backend="auto"):
     """The gated delta rule, chunk by chunk. See recurrent_gated_delta_rule."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton":
+        f32 = lambda x: None if x is None else x.float().contiguous()
+        dt = q.dtype if q.dtype == k.dtype == v.dtype else torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        o, S, _ = triton_forward(*(x.to(dt).contiguous() for x in (q, k, v)), f32(g), f32(beta), scale, f32(initial_state), cu_seqlens, use_qk_l2norm_in_kernel)
+        return o, S if output_final_state else None
     if cu_seqlens is None:
         o, S = chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
     else:

@@ -1,0 +1,649 @@
+"""Tests of hybrid_distill.py and kernels.py: `pytest`, no GPU and no network needed."""
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
+    Qwen2Config, Qwen3Config,
+)
+
+import hybrid_distill as hd
+from kernels import recurrent_gated_delta_rule
+
+HERE = Path(__file__).parent
+SIZES = dict(vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256,
+             pad_token_id=0, bos_token_id=None, eos_token_id=1)
+CONFIGS = {   # what differs between teachers: GQA ratio, head_dim, biases, q/k norms, tied embeddings, RoPE scaling, sliding window
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=12, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters={
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128}),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
+    "mistral": MistralConfig(**SIZES, num_key_value_heads=4, sliding_window=8),
+}
+
+
+def make_teacher(family="llama", seed=0, **changes):
+    torch.manual_seed(seed)
+    config = CONFIGS[family].__class__(**{**CONFIGS[family].to_dict(), **changes})
+    teacher = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, p in teacher.named_parameters():       # away from the initial 0 and 1 of biases and norms, so that losing one shows
+            if p.ndim < 2:
+                p.add_(0.3 * torch.randn_like(p))
+            elif "self_attn" in name:
+                p.mul_(8)
+    return teacher
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(3, 384, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a, b, tolerance=2e-5):
+    a, b = a.detach(), b.detach()
+    assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+
+
+# ------------------------------------------------------------------------------------------------ mixer and stage 0
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_mixer_head_is_the_teachers_head(family):
+    teacher = make_teacher(family)
+    attn, x = teacher.model.layers[1].self_attn, torch.randn(2, 5, 32)
+    mixer = hd.GatedDeltaNet.from_attention(attn)
+    Dh, H = attn.head_dim, mixer.num_heads
+    for name in ("q_proj", "k_proj", "v_proj"):
+        theirs = getattr(attn, name)(x).unflatten(-1, (-1, Dh))
+        theirs = theirs.repeat_interleave(H // theirs.shape[2], dim=2)
+        same(getattr(mixer, name)(x).unflatten(-1, (-1, Dh)), theirs, 1e-6)
+    y = torch.randn(2, 5, H * Dh)
+    same(mixer.o_proj(y), attn.o_proj(y), 1e-6)
+    if family == "qwen3":
+        assert torch.equal(mixer.q_norm.weight, attn.q_norm.weight) and torch.equal(mixer.k_norm.weight, attn.k_norm.weight)
+    assert not {p.data_ptr() for p in mixer.parameters()} & {p.data_ptr() for p in attn.parameters()}
+
+
+def test_the_mixer_is_its_equations():
+    torch.manual_seed(0)
+    m = hd.GatedDeltaNet.from_attention(make_teacher("qwen3").model.layers[0].self_attn)
+    with torch.no_grad():
+        m.o_norm.weight.uniform_(0.5, 1.5)
+        m.a_proj.weight.mul_(50)
+        x = torch.randn(2, 9, 32)
+        heads = (2, 9, m.num_heads, m.head_dim)
+        q, k, v = F.silu(m.q_norm(m.q_proj(x).view(heads))), F.silu(m.k_norm(m.k_proj(x).view(heads))), F.silu(m.v_proj(x).view(heads))
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        alpha = torch.exp(-m.A_log.exp() * F.softplus(x @ m.a_proj.weight.T + m.dt_bias))
+        beta = torch.sigmoid(x @ m.b_proj.weight.T)
+        S, outputs = torch.zeros(2, m.num_heads, m.head_dim, m.head_dim), []
+        for t in range(9):
+            S = alpha[:, t, :, None, None] * S
+            S = S + k[:, t, :, :, None] * (beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])))[:, :, None, :]
+            outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * m.head_dim ** -0.5)
+        o = torch.stack(outputs, 1)
+        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * m.o_norm.weight * F.silu((x @ m.g_proj.weight.T).view(heads))
+        same(m(x)[0], o.flatten(2) @ m.o_proj.weight.T, 1e-4)
+
+
+def test_gates_start_where_the_paper_says():
+    torch.manual_seed(0)
+    m = hd.GatedDeltaNet(64, 4096, 1, 0)
+    A, dt = m.A_log.detach().exp(), F.softplus(m.dt_bias.detach())
+    assert 0 < A.min() and A.max() <= 16 and abs(float(A.mean()) - 8) < 0.3
+    assert 0.99e-3 <= dt.min() and dt.max() <= 1.01e-1 and abs(float(dt.log().mean()) - math.log(1e-2)) < 0.1
+    bf16 = hd.GatedDeltaNet(64, 4, 8, 0, dtype=torch.bfloat16)
+    assert bf16.A_log.dtype == bf16.dt_bias.dtype == torch.float32 and bf16.q_proj.weight.dtype == torch.bfloat16
+
+
+def test_keeping_every_layer_keeps_the_teacher():
+    for family in CONFIGS:
+        teacher = make_teacher(family)
+        student, x = hd.transfer_attention(teacher, range(4)), tokens(2, 20)
+        assert torch.equal(student(x).logits, teacher(x).logits)
+        assert hd.evaluate(student, {"text": [x]}, teacher)["kl"] == 0.0
+
+
+def test_transfer_copies_or_shares():
+    teacher, x = make_teacher(), tokens(1, 12)
+    before = {name: p.clone() for name, p in teacher.state_dict().items()}
+    own = hd.transfer_attention(teacher, [1])
+    assert not {p.data_ptr() for p in own.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+    shared = hd.transfer_attention(teacher, [1], share_rest=True)
+    assert shared.model.embed_tokens.weight is teacher.model.embed_tokens.weight
+    assert shared.model.layers[1].self_attn.q_proj.weight is not teacher.model.layers[1].self_attn.q_proj.weight
+    hd.distill_logits(shared, teacher, [tokens(2, 12)] * 2, lr=1e-2, rest_lr=1e-2)
+    assert all(torch.equal(p, before[name]) for name, p in teacher.state_dict().items())
+    assert type(teacher.config) is LlamaConfig and not hasattr(teacher.config, "softmax_layers")
+    assert not torch.equal(shared.model.embed_tokens.weight, teacher.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("layers", [[4], [-1], [1, 1]])
+def test_impossible_layers_are_refused(layers):
+    with pytest.raises(ValueError, match="within 0..3"):
+        hd.transfer_attention(make_teacher(), layers)
+
+
+def test_other_architectures_are_refused_by_name():
+    with pytest.raises(ValueError, match="GPT2LMHeadModel.*LlamaForCausalLM"):
+        hd.transfer_attention(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10)), [0])
+
+
+# ------------------------------------------------------------------------------------------------ the hybrid model
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("kept", [[], [2], [0, 3], [0, 1, 2, 3]])
+@torch.no_grad()
+def test_cache_padding_and_generation_agree_with_the_full_forward(family, kept):
+    student, x = hd.transfer_attention(make_teacher(family), kept), tokens(2, 23)
+    full = student(x).logits
+    out = student(x[:, :10], use_cache=True)
+    cache, pieces = out.past_key_values, [out.logits]
+    pieces += [student(x[:, t:t + 1], past_key_values=cache).logits for t in range(10, 15)]        # token by token
+    pieces += [student(x[:, 15:], past_key_values=cache).logits]                                   # a second prefill
+    same(torch.cat(pieces, 1), full)
+    assert cache.get_seq_length() == 23
+
+    mask = torch.ones(2, 23, dtype=torch.long)
+    mask[0, :7] = 0                                                                                # row 0 is shorter, left-padded
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    same(student(x, attention_mask=mask, position_ids=positions).logits[:1, 7:], student(x[:1, 7:]).logits)
+
+    how = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    alone = student.generate(x[:1, 7:], **how)[0, 16:]
+    together = student.generate(x, attention_mask=mask, **how)[0, 23:]
+    uncached = student.generate(x[:1, 7:], use_cache=False, **how)[0, 16:]
+    assert alone.tolist() == uncached.tolist() == together.tolist()
+    beams = dict(how, num_beams=3, num_return_sequences=2)
+    assert student.generate(x, **beams).tolist() == student.generate(x, use_cache=False, **beams).tolist()
+
+
+def test_caches_that_cannot_work_say_so():
+    student, x = hd.transfer_attention(make_teacher(), [0]), tokens(1, 6)
+    with pytest.raises(ValueError, match="cache_implementation"):
+        student.generate(x, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(NotImplementedError, match="cannot be rolled back"):
+        student(x, use_cache=True).past_key_values.crop(-2)
+    with pytest.raises(ValueError, match="another model"):
+        student(x, past_key_values=make_teacher()(x, use_cache=True).past_key_values)
+    with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
+        student(x, attention_mask=torch.ones(1, 1, 6, 6))
+
+
+def test_sampling_continues_a_cache_beyond_the_training_length():
+    student, x = hd.transfer_attention(make_teacher(), [1]), tokens(1, 30)
+    cache = DynamicCache()
+    torch.manual_seed(0)
+    first = student.generate(x, past_key_values=cache, max_new_tokens=5, do_sample=True, pad_token_id=0, eos_token_id=None)
+    more = student.generate(torch.cat([first, tokens(1, 3)], 1), past_key_values=cache, max_new_tokens=300, do_sample=False, pad_token_id=0, eos_token_id=None)
+    fresh = student.generate(torch.cat([first, tokens(1, 3)], 1), max_new_tokens=300, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert more.tolist() == fresh.tolist() and more.shape[1] == 338
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+@pytest.mark.parametrize("chunk", [None, 1, 7, 1000])
+def test_chunked_losses_match_the_plain_formulas(chunk):
+    torch.manual_seed(0)
+    h_s, w_s, h_t, w_t = torch.randn(3, 11, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randn(3, 11, 24), torch.randn(50, 24)
+    mask = torch.rand(3, 11) < 0.5
+
+    def gradients(loss):
+        return [loss, *torch.autograd.grad(3 * loss, [h_s, w_s], retain_graph=True)]
+
+    per_token = F.kl_div((h_s @ w_s.T).log_softmax(-1), (h_t @ w_t.T).log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    for ours, plain in ((hd.kl_loss(h_s, w_s, h_t, w_t, chunk=chunk), per_token.mean()),
+                        (hd.kl_loss(h_s, w_s, h_t, w_t, mask, chunk=chunk), per_token[mask].mean()),
+                        (hd.cross_entropy_loss(h_s, w_s, tokens(3, 11) % 50, chunk=chunk), F.cross_entropy((h_s @ w_s.T).flatten(0, 1), tokens(3, 11).flatten() % 50))):
+        for a, b in zip(gradients(ours), gradients(plain)):
+            same(a, b, 2e-6)
+    with pytest.raises(ValueError, match="share a vocabulary"):
+        hd.kl_loss(h_s, w_s, h_t, w_t[:40])
+
+
+def test_alignment_loss_is_a_norm_not_its_square():
+    y = torch.zeros(1, 2, 4)
+    assert float(hd.alignment_loss(y, torch.tensor([[[3.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]]))) == pytest.approx((5 + 0) / 2 / 2)
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+def test_stage_1_trains_the_mixers_alone_towards_the_teachers_attention():
+    teacher = make_teacher()
+    student = hd.transfer_attention(teacher, [2], share_rest=True)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    x = tokens(4, 16)
+    seen = hd.attention_io(teacher, x, [0])
+    start = hd.alignment_loss(student.model.layers[0].self_attn(seen[0][0])[0], seen[0][1])
+    history = hd.align_hidden_states(student, teacher, [x] * 40, lr=3e-3, warmup=5)
+    assert history[0]["layer 0"] == pytest.approx(float(start), rel=1e-5)           # the first loss is that of the transferred weights
+    assert history[0]["loss"] == pytest.approx(sum(history[0][f"layer {i}"] for i in (0, 1, 3)) / 3)
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    for name, p in student.named_parameters():
+        mixer = ".self_attn." in name and ".layers.2." not in name
+        assert torch.equal(p, before[name]) != mixer, name
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_stage_2_starts_at_the_kl_stage_1_left_and_lowers_it():
+    teacher, x = make_teacher(), tokens(4, 16)
+    student = hd.restore_attention(hd.transfer_attention(teacher, []), teacher, [1])
+    assert isinstance(student.model.layers[1].self_attn, type(teacher.model.layers[1].self_attn)) and list(hd.mixers(student)) == [0, 2, 3]
+    start = hd.evaluate(student, {"text": [x]}, teacher)["kl"]
+    history = hd.distill_logits(student, teacher, [x] * 30, lr=3e-3, rest_lr=1e-3)
+    assert history[0]["kl"] == pytest.approx(start, rel=1e-5) and history[-1]["kl"] < 0.5 * start
+
+
+def test_stage_2_rates_reach_the_right_parameters():
+    student = hd.transfer_attention(make_teacher(), [1])
+    names = {id(p): name for name, p in student.named_parameters()}
+    groups = hd.parameter_groups(student, 1e-4, 7e-6)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    for group in groups:
+        for p in group["params"]:
+            assert group["lr"] == (1e-4 if ".self_attn." in names[id(p)] else 7e-6)
+            assert (group["weight_decay"] == 0) == (p.ndim < 2)
+    frozen = hd.parameter_groups(student, 1e-4, 0.0)
+    assert all(".self_attn." in names[id(p)] for group in frozen for p in group["params"])
+    assert not student.model.embed_tokens.weight.requires_grad
+
+
+def test_stage_3_is_cross_entropy():
+    student, x = hd.transfer_attention(make_teacher(), [1]), tokens(2, 40)
+    plain = F.cross_entropy(student(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    history = hd.finetune(student, [x] * 10, lr=1e-3)
+    assert history[0]["ce"] == pytest.approx(float(plain), rel=1e-5) and history[-1]["ce"] < history[0]["ce"]
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    def trained(micro):
+        teacher = make_teacher()
+        student = hd.transfer_attention(teacher, [1]) if torch.manual_seed(1) else None
+        hd.distill_logits(student, teacher, [tokens(6, 12)] * 3, lr=1e-3, rest_lr=1e-4, micro_batch=micro)
+        return student
+    for (name, a), b in zip(trained(None).named_parameters(), trained(4).parameters()):       # 4 + 2: uneven parts are weighted
+        same(a, b, 5e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights():
+    teacher = make_teacher()
+    student = hd.transfer_attention(teacher, [1])
+    model, saved = torch.nn.Linear(2, 1), []
+
+    def losses(batch):
+        yield "bad", (model(torch.ones(2)) * (math.nan if batch[0, 0] == 9 else 1.0)).sum(), 1.0
+
+    class Watch(hd.Observer):
+        def save(self, models, optimizer, finished):
+            saved.append((finished, [p.detach().clone() for p in models[0].parameters()]))
+
+    with pytest.raises(FloatingPointError, match="'bad' became nan at step 3 of 4"):
+        hd.train([model], [[{"params": list(model.parameters()), "lr": 0.1}]], losses, [tokens(1, 1), tokens(1, 1), torch.tensor([[9]]), tokens(1, 1)], observer=Watch())
+    assert saved[0][0] is False and all(torch.isfinite(p).all() and torch.equal(p, q) for p, q in zip(saved[0][1], model.parameters()))
+    with pytest.raises(ValueError, match="ended after 1 of 3 steps"):
+        hd.finetune(student, iter([tokens(1, 8)]), steps=3)
+
+
+# ------------------------------------------------------------------------------------------------ selection
+
+def planted(layers, seed=0):
+    """A teacher whose attention matters in `layers` alone: elsewhere W_o = 0, so linear attention there is exact."""
+    teacher = make_teacher(seed=seed)
+    with torch.no_grad():
+        for i, layer in enumerate(teacher.model.layers):
+            if i not in layers:
+                layer.self_attn.o_proj.weight.zero_()
+    return teacher
+
+
+@pytest.mark.parametrize("strategy", ["ga-s2", "greedy"])
+def test_selection_finds_planted_layers(strategy):
+    teacher = planted([1, 3])
+    student = hd.transfer_attention(teacher, [])
+    weights = {name: p.clone() for name, p in student.named_parameters()}
+    found = hd.select_layers(student, teacher, (tokens(4, 16, seed=i) for i in range(100)), [tokens(8, 16, seed=99)], 2, steps=3, strategy=strategy, eval_every=1)
+    assert set(found.chosen) == {1, 3} and sorted(found.ranking) == [0, 1, 2, 3] and set(found.ranking[:2]) == {1, 3}
+    assert [step for step, _ in found.rounds[0]["curves"][0]] == [0, 1, 2, 3]
+    assert len(found.rounds) == (1 if strategy == "ga-s2" else 2)
+    assert all(torch.equal(p, weights[name]) for name, p in student.named_parameters())           # the candidates were copies
+
+
+def test_candidates_in_groups_and_alone_score_the_same():
+    teacher = make_teacher()
+    student = hd.transfer_attention(teacher, [])
+    scores = [hd.score_layers(student, teacher, lambda step: tokens(4, 12, seed=step), [tokens(4, 12, seed=50)], [2], 4, at_once=n) for n in (3, 2, 1)]
+    assert scores[0] == scores[1] == scores[2] and list(scores[0]) == [0, 1, 3]
+    kl = hd.evaluate(hd.restore_attention(student, teacher, [2, 0]), {"text": [tokens(4, 12, seed=50)]}, teacher)["kl"]
+    assert scores[0][0][0] == [0, pytest.approx(kl, rel=1e-5)]
+
+
+def test_early_stop_ends_when_the_set_settles():
+    teacher = planted([1])
+    student = hd.transfer_attention(teacher, [])
+    found = hd.select_layers(student, teacher, lambda step: tokens(4, 16, seed=step), [tokens(4, 16)], 1, steps=10, eval_every=1, early_stop=2)
+    assert found.chosen == [1] and found.rounds[0]["curves"][0][-1][0] == 2
+    with pytest.raises(ValueError, match="must train together"):
+        hd.select_layers(student, teacher, lambda step: tokens(4, 16), [tokens(4, 16)], 1, steps=2, early_stop=2, at_once=1)
+    curves = {0: [[0, 1.0], [1, 1.0], [2, 3.0], [3, 3.0]], 1: [[0, 2.0], [1, 2.0], [2, 2.0], [3, 2.0]], 2: [[0, 9.0]] * 4}
+    assert not hd.settled({i: curve[:3] for i, curve in curves.items()}, 2, 1) and hd.settled(curves, 2, 1) and not hd.settled(curves, 3, 1)
+    longer = {i: [*curve, [4, curve[-1][1]]] for i, curve in curves.items()}
+    summary = hd.round_summary({"kept": [], "k": 1, "curves": longer}, 4)
+    assert summary["settled_at_step"] == 2 and summary["early_stop_2"] == {"step": 3, "saved": 0.25, "same_set": True} and "early_stop_3" not in summary
+
+
+def test_baselines_and_published_selections():
+    place = hd.place_layers
+    assert place("uniform", 36, 9) == list(range(3, 36, 4)) and place("uniform", 28, 7) == [3, 7, 11, 15, 19, 23, 27] and place("uniform", 28, 4) == [6, 13, 20, 27]
+    assert place("centred", 6, 1) == [3] and place("first", 6, 2) == [0, 1] and place("last", 6, 2) == [4, 5]
+    assert place("random", 28, 7, seed=1) == place("random", 28, 7, seed=1) != place("random", 28, 7, seed=2)
+    assert place("published", 36, 5, teacher_name="Qwen/Qwen2.5-3B-Instruct") == [20, 32, 33, 21, 22]
+    assert place("published", 28, 9, teacher_name="Qwen2.5-7B-Instruct/")[-2:] == [8, 15]
+    for call, message in (((("published", 28, 3, 0, "Qwen2.5-7B-Instruct")), "7, 9"), (("published", 6, 1, 0, "mine"), "no published"), (("uniform", 6, 7), "within 0..6"), (("odd", 6, 1), "placed by")):
+        with pytest.raises(ValueError, match=message):
+            place(*call)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+def byte_tokenizer():
+    """A tokenizer.json of single bytes, as every family loads it: <pad> 0, <eos> 1, then 256 bytes."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer, backend.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+def save_teacher(folder, family="llama", **changes):
+    teacher = make_teacher(family, **changes)
+    teacher.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return teacher
+
+
+def write_corpus(folder, kind, texts):
+    import datasets
+    rows = datasets.Dataset.from_dict({"text": texts})
+    folder.mkdir(exist_ok=True)
+    if kind == "txt":
+        (folder / "a.txt").write_text("\n\n".join(texts[:20]))
+        (folder / "b.txt").write_text("\n\n".join(texts[20:]))
+    elif kind == "jsonl":
+        rows.to_json(folder / "a.jsonl")
+    elif kind == "parquet":
+        rows.to_parquet(folder / "a.parquet")
+    else:
+        rows.save_to_disk(folder)
+    return str(folder)
+
+
+TEXTS = [" ".join(str(1000 * i + j) for j in range(4 + i % 7)) for i in range(60)]              # no two windows alike
+TINY = dict(align_tokens=64, align_length=16, align_batch=2, select_tokens=64, select_length=16, select_batch=2, distill_tokens=64, distill_length=16,
+            distill_batch=2, finetune_tokens=64, finetune_length=32, finetune_batch=2, held_out=2)
+
+
+def tiny_settings(**changes):
+    return hd.resolve(hd.Settings(**{"teacher": "x", "data": "y", "device": "cpu", **TINY, **changes}), 4)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "saved"])
+def test_every_kind_of_data_gives_the_same_documents_whole_and_apart(kind, tmp_path):
+    settings = tiny_settings(data=write_corpus(tmp_path / "data", kind, TEXTS))
+    corpus = hd.Corpus(settings, ByT5Tokenizer(), tmp_path)
+    corpus._fill(10 ** 6)
+    stream = torch.from_numpy(np.fromfile(corpus.file, "uint32").astype("int64"))
+    documents = bytes((stream - 3).clamp(min=0).tolist()).split(b"\0")[:-1]         # EOS is 1, clamped to byte 0
+    assert sorted(documents) == sorted(text.encode() for text in TEXTS) and documents != sorted(documents)
+    assert corpus.report["documents"] == 60 and corpus.report["tokens"] == len(stream)
+
+    parts = {part: corpus._read(part, torch.arange(corpus._blocks(part) * corpus.block)).view(-1, corpus.block) for part in ("train", "validation", "test")}
+    blocks = {part: {block.numpy().tobytes() for block in rows} for part, rows in parts.items()}
+    assert not blocks["train"] & blocks["validation"] and not blocks["train"] & blocks["test"] and not blocks["validation"] & blocks["test"]
+    assert set().union(*blocks.values()) == {block.numpy().tobytes() for block in stream[:corpus._blocks() * corpus.block].view(-1, corpus.block)}
+    again = corpus._read("train", torch.arange(3) + corpus._blocks("train") * corpus.block)          # beyond the end: from the start
+    assert torch.equal(again, parts["train"].flatten()[:3])
+
+
+def test_a_stream_resumes_in_its_middle(tmp_path):
+    settings = tiny_settings(data=write_corpus(tmp_path / "data", "jsonl", TEXTS * 20))
+    whole = hd.Corpus(settings, ByT5Tokenizer(), tmp_path)
+    whole._fill(1000)
+    (tmp_path / "again").mkdir()
+    first = hd.Corpus(settings, ByT5Tokenizer(), tmp_path / "again")
+    with open(first.file, "ab") as file:
+        file.write(b"half a write")                                                # a kill between the tokens and their count
+    again = hd.Corpus(settings, ByT5Tokenizer(), tmp_path / "again")
+    again._fill(1000)
+    assert first.meta["documents"] < whole.meta["documents"] and again.file.read_bytes() == whole.file.read_bytes()
+    assert torch.equal(again.batches("distill", 3, 16)(7), whole.batches("distill", 3, 16)(7))
+    assert not torch.equal(whole.batches("distill", 3, 16)(0), whole.batches("align", 3, 16)(0))
+
+
+def test_chat_skips_and_missing_columns(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"question {i} " * 5}, {"role": "assistant", "content": "answer"}], "n": i} for i in range(40)]
+    rows += [{"messages": [], "n": 0}] * 2
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    how = dict(data=str(tmp_path / "chat.jsonl"), text_column="messages")
+    corpus = hd.Corpus(tiny_settings(chat=True, **how), tokenizer, tmp_path)
+    corpus._fill(1000)
+    stream = tokenizer.decode(np.fromfile(corpus.file, "uint32").tolist())
+    assert stream.count("<user>question") == 40 and corpus.report["skipped"] == {"empty": 2, "not text": 0}
+    (tmp_path / "n").mkdir()
+    with pytest.raises(hd.UserError, match="no column 'text'; its columns are messages, n"):
+        hd.Corpus(tiny_settings(data=how["data"]), tokenizer, tmp_path / "n")
+    with pytest.raises(hd.UserError, match="at least 96 are needed"):
+        (tmp_path / "short.txt").write_text("too short")
+        (tmp_path / "s").mkdir()
+        hd.Corpus(tiny_settings(data=str(tmp_path / "short.txt")), tokenizer, tmp_path / "s")
+
+
+def test_embedded_batches_are_a_function_of_seed_stage_and_step():
+    a, b = hd.EmbeddedCorpus(0), hd.EmbeddedCorpus(1)
+    batch = a.batches("align", 8, 64)
+    assert torch.equal(batch(3), hd.EmbeddedCorpus(0).batches("align", 8, 64)(3))
+    seen = [batch(step) for step in range(200)] + [b.batches("align", 8, 64)(3), a.batches("distill", 8, 64)(3)]
+    assert len({t.numpy().tobytes() for t in seen}) == len(seen)
+    recall = batch(0)[4:]
+    known = [dict(zip(row[0:32:2], row[1:32:2])) for row in recall.tolist()]
+    assert all(len(pairs) == 16 for pairs in known)
+    assert all(pairs[row[i]] == row[i + 1] for row, pairs in zip(recall.tolist(), known) for i in range(32, 64, 2))
+
+
+def test_recall_prompts_hide_pairs_and_end_with_a_key():
+    keys, values, random = torch.arange(100, 150), torch.arange(200, 250), torch.Generator().manual_seed(0)
+    prompts, answers = hd.recall_prompts(keys, values, 5, 20, random, torch.zeros(20, 30, dtype=torch.long))
+    assert prompts.shape == (20, 41)
+    for row, answer in zip(prompts.tolist(), answers.tolist()):
+        pairs = {row[i]: row[i + 1] for i in range(40) if 100 <= row[i] < 150}
+        assert len(pairs) == 5 and all(200 <= v < 250 for v in pairs.values()) and pairs[row[-1]] == answer
+        assert [t for t in row if t == 0] == [0] * 30
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+
+def command(*args, cwd=None, **more):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, str(HERE / "hybrid_distill.py"), *map(str, args)], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def tiny_args(teacher, data, out, *more):
+    args = ["--teacher", teacher, "--data", data, "--out", out, "--softmax-layers", 1, "--baselines", "all-linear,uniform,first", "--save-seconds", 0, *more]
+    return args + [x for name, value in TINY.items() for x in (f"--{name.replace('_', '-')}", value)]
+
+
+LOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True, dtype=getattr(torch, sys.argv[2]))
+assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert all((p.dtype == torch.float32) == (name.endswith(("A_log", "dt_bias")) or sys.argv[2] == "float32") for name, p in model.named_parameters())
+tokens = AutoTokenizer.from_pretrained(sys.argv[1])("a prompt of some length", return_tensors="pt", add_special_tokens=False)["input_ids"]
+how = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+with torch.no_grad():
+    pad = torch.zeros(1, 4, dtype=torch.long)
+    mask = torch.cat([pad, torch.ones_like(tokens)], 1)
+    print("RESULT", json.dumps({"logits": model(tokens).logits.double().sum().item(), "cached": model.generate(tokens, **how)[0, tokens.shape[1]:].tolist(),
+        "uncached": model.generate(tokens, use_cache=False, **how)[0, tokens.shape[1]:].tolist(),
+        "padded": model.generate(torch.cat([pad, tokens], 1), attention_mask=mask, **how)[0, tokens.shape[1] + 4:].tolist()}))
+"""
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_run_from_a_local_folder_and_its_student_in_another_process(family, tmp_path, capsys):
+    save_teacher(tmp_path / "teacher", family)
+    data = write_corpus(tmp_path / "data", "txt", TEXTS)
+    assert hd.main([str(a) for a in tiny_args(tmp_path / "teacher", data, tmp_path / "run", "--dtype", "bfloat16" if family == "qwen3" else "float32")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["teacher", "all-linear", "kl-guided", "uniform", "first"]
+    assert report["rows"][0]["kl"] == 0 and report["rows"][0]["softmax_layers"] == [0, 1, 2, 3] and report["rows"][1]["softmax_layers"] == []
+    assert report["rows"][2]["softmax_layers"] == report["selection"]["chosen"] and report["rows"][1]["cache_bytes"] < report["rows"][0]["cache_bytes"] * 4
+    for row in report["rows"]:
+        assert {"kl", "perplexity", "recall", "cache_bytes", "decode_ms"} <= set(row) and row["perplexity"] > 1
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"align", "select-0-0", "distill-none", "finetune-none"} <= set(stages)
+    card = (tmp_path / "run" / "student" / "README.md").read_text()
+    assert f"Softmax attention in layers {report['selection']['chosen']}" in card and "license: unknown" in card
+    dtype = "bfloat16" if family == "qwen3" else "float32"
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "run" / "student"), dtype], cwd=tmp_path / "elsewhere", text=True, capture_output=True,
+                          env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    other = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+    here = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student", trust_remote_code=True, dtype=getattr(torch, dtype))
+    x = byte_tokenizer()("a prompt of some length", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        assert here(x).logits.double().sum().item() == pytest.approx(other["logits"], rel=1e-6)
+    if dtype == "float32":                                                           # in bf16 near ties may fall either way
+        assert other["cached"] == other["uncached"] == other["padded"]
+
+
+def without_clock(folder):
+    """What a run decided and measured, without how long it took."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((folder / "report.json").read_text())
+    for row in rows:
+        del row["seconds"], row["peak_bytes"]
+    for row in report["rows"]:
+        del row["decode_ms"]
+    return sorted(rows, key=lambda row: (row["stage"], row["step"])), report["rows"], report["selection"]
+
+
+def test_killed_again_and_again_a_run_ends_with_the_same_numbers(tmp_path):
+    save_teacher(tmp_path / "teacher")
+    data = write_corpus(tmp_path / "data", "txt", TEXTS)
+    calm = command(*tiny_args(tmp_path / "teacher", data, tmp_path / "calm"))
+    assert calm.wait() == 0, calm.stderr.read()
+    stops = ["align", "select-0-0", "distill-none", "finetune"]
+    for stage in stops:                                                              # SIGKILL while that stage runs
+        process, file = command(*tiny_args(tmp_path / "teacher", data, tmp_path / "run")), tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (file.exists() and f'"stage": "{stage}' in file.read_text()):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = command(*tiny_args(tmp_path / "teacher", data, tmp_path / "run"))
+    assert last.wait() == 0, last.stderr.read()
+    assert without_clock(tmp_path / "run") == without_clock(tmp_path / "calm")
+    student = [(tmp_path / run / "student" / "model.safetensors").read_bytes() for run in ("run", "calm")]
+    assert student[0] == student[1]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    save_teacher(tmp_path / "teacher")
+    data = write_corpus(tmp_path / "data", "txt", TEXTS)
+    args = tiny_args(tmp_path / "teacher", data, tmp_path / "run", "--save-seconds", 1000)
+    args[args.index("--align-tokens", 5) + 1] = 10 ** 6
+    process, file = command(*args), tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (file.exists() and file.read_text().count("\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130 and "the same command goes on from there" in error
+    rows = len(file.read_text().splitlines())
+    run = hd.Run(hd.resolve(hd.parse([str(a) for a in args]), 4))
+    assert run.saved_step("align") == rows == len(run.rows["align"])
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+def test_wrong_input_gets_one_sentence(tmp_path, capsys):
+    save_teacher(tmp_path / "teacher")
+    data = write_corpus(tmp_path / "data", "txt", TEXTS)
+    gpt2, no_tokenizer, holes = tmp_path / "gpt2", tmp_path / "no_tokenizer", tmp_path / "holes"
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10)).save_pretrained(gpt2)
+    make_teacher().save_pretrained(no_tokenizer)
+    save_teacher(holes)
+    from safetensors.torch import load_file, save_file
+    weights = load_file(holes / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, holes / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "odd.csv").write_text("a,b")
+    good, run = tmp_path / "teacher", tmp_path / "run"
+    cases = [
+        (tiny_args(good, data, run, "--softmax-layers", 5), "--softmax-layers must be within 1..4"),
+        (tiny_args(gpt2, data, run), "is a 'gpt2' model; supported are LlamaForCausalLM"),
+        (tiny_args(no_tokenizer, data, run), "has no tokenizer"),
+        (tiny_args(holes, data, run), "lacks 1 of its weights or has them in another shape, model.layers.1.mlp.up_proj.weight"),
+        (tiny_args(tmp_path / "nowhere", data, run), "which must be a model folder or the id of a model on the hub"),
+        (tiny_args(good, tmp_path / "odd.csv", run), "must be or hold .txt, .jsonl or .parquet files"),
+        (tiny_args(good, data, run, "--text-column", "body"), "no column 'body'; its columns are text"),
+        (tiny_args(good, data, run, "--select", "best"), "--select must be ga-s2, greedy"),
+        (tiny_args(good, data, run, "--select", "1,9"), "within 0..3"),
+        (tiny_args(good, data, run, "--select", "published"), "no published selection for 'teacher'"),
+        (tiny_args(good, data, run, "--baselines", "middle"), "--baselines knows all-linear"),
+        (tiny_args(good, data, run, "--dtype", "int8"), "--dtype must be bfloat16 or float32"),
+        (["--teacher", str(good)], "--teacher and --data go together"),
+        (tiny_args(good, data, run, "--chat"), "--chat needs a tokenizer with a chat template"),
+    ]
+    for args, sentence in cases:
+        args = [str(a) for a in args]
+        assert hd.main(args) == 1, args
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and sentence in error, error
+        for leftover in (run / "settings.json", run / "tokens.json", run / "tokens.bin"):
+            leftover.unlink(missing_ok=True)
+
+
+def test_a_run_folder_refuses_other_settings_and_a_second_process(tmp_path):
+    run = hd.Run(tiny_settings(out=str(tmp_path), seed=1))
+    with pytest.raises(hd.UserError, match="in use by another process"):
+        hd.Run(tiny_settings(out=str(tmp_path), seed=1))
+    run.lock.close()
+    with pytest.raises(hd.UserError, match="holds a run with --seed 1, not 2"):
+        hd.Run(tiny_settings(out=str(tmp_path), seed=2))
+    hd.Run(tiny_settings(out=str(tmp_path), seed=1, save_seconds=1.0))
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    run, model = hd.Run(tiny_settings(out=str(tmp_path))), torch.nn.Linear(2, 1)
+    observer, optimizer = hd.RunObserver(run, "align", 9), torch.optim.AdamW(model.parameters())
+    observer.resume([model], optimizer)
+    observer.step({"step": 1, "loss": 1.0}, [model], optimizer)
+    observer.save([model], optimizer, finished=False)
+    before = run.state_file("align").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(hd, "save_file", full)
+    observer.step({"step": 2, "loss": 1.0}, [model], optimizer)
+    with pytest.raises(OSError):
+        observer.save([model], optimizer, finished=False)
+    assert run.state_file("align").read_bytes() == before
+    run.lock.close()
+    assert [row["step"] for row in hd.Run(tiny_settings(out=str(tmp_path))).rows["align"]] == [1]
+    monkeypatch.setattr(hd, "run_pipeline", full)
+    save_teacher(tmp_path / "teacher")
+    assert hd.main([str(a) for a in tiny_args(tmp_path / "teacher", write_corpus(tmp_path / "data", "txt", TEXTS), tmp_path / "run2")]) == 1
