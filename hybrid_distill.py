@@ -47,6 +47,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
+    AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast,
     Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -1079,6 +1080,18 @@ def peak_bytes() -> int:
 
 # ------------------------------------------------------------------------------------------------ data
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that needs no files: <pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]      # the byte-level alphabet: these bytes stand for themselves,
+    others = [b for b in range(256) if b not in printable]                 # the others for the characters from 256 on
+    characters = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {character: b + 3 for b, character in characters.items()}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
 class EmbeddedCorpus:
     """Text that is on every machine, as bytes, and in-context recall. Every batch is a function of (seed, stage, step) alone.
 
@@ -1090,7 +1103,7 @@ class EmbeddedCorpus:
     PARTS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}     # file number modulo 10
 
     def __init__(self, seed: int):
-        self.seed, self.tokenizer = seed, ByT5Tokenizer()
+        self.seed, self.tokenizer = seed, byte_tokenizer()
         import pydoc_data.topics
         library = Path(os.__file__).parent
         documents = [file.read_bytes() for file in sorted([*library.glob("*.py"), *library.glob("*/*.py")])
@@ -1120,7 +1133,7 @@ class EmbeddedCorpus:
     def sample_text(self, part, n, length, random):
         text = self.text[part]
         starts = torch.randint(len(text) - length, (n, 1), generator=random)
-        return text[starts + torch.arange(length)].long() + 3                         # ByT5: token = byte + 3
+        return text[starts + torch.arange(length)].long() + 3                         # token = byte + 3, see byte_tokenizer
 
     def sample_recall(self, n, length, random, pairs=None):
         """[n, length]; as many pairs as fit (at most one per key), and queries of them up to the length."""
@@ -1375,7 +1388,8 @@ def embedded_teacher(corpus: EmbeddedCorpus, run: Run):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(run.settings.device).eval()
     torch.manual_seed(run.settings.seed)
     teacher = LlamaForCausalLM(LlamaConfig(
-        vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=EMBEDDED_LAYERS, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=384, hidden_size=64,                                    # 259 bytes and marks, rounded up
+        intermediate_size=128, num_hidden_layers=EMBEDDED_LAYERS, num_attention_heads=2, num_key_value_heads=2,
         head_dim=32, attention_bias=True, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0, bos_token_id=None, eos_token_id=1,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0})).to(run.settings.device)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit(do_not_specialize=["tokens"])   # T = 1 is no other program
+    jit = triton.jit(do_not_specialize=["tokens", "stride"])   # T = 1 is no other program
 except ImportError:                                  # macOS, Windows: the PyTorch backend alone
     triton, tl, jit = None, None, lambda f: f
 
@@ -146,11 +146,11 @@ def chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel,
     return o, S.unflatten(0, (B, HV))
 
 
-# ------------------------------------------------------------------------------------------- chunked, in Triton
+# ----------------------------------------------------------------------------------------- tiles in and out (Triton)
 
 @jit
 def sequence(cu_seqlens, first_chunk, s, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
-    """Sequence s: its first token, its length, and the number of its first chunk."""
+    """Sequence s: its first token, its length, the number of its first chunk (64-bit: they are multiplied by H D)."""
     if VARLEN:
         start = tl.load(cu_seqlens + s).to(tl.int64)
         return start, tl.load(cu_seqlens + s + 1).to(tl.int64) - start, tl.load(first_chunk + s).to(tl.int64)
@@ -160,30 +160,52 @@ def sequence(cu_seqlens, first_chunk, s, tokens, C: tl.constexpr, VARLEN: tl.con
 
 
 @jit
-def tile(start, t0, length, head, HEADS: tl.constexpr, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr):
-    """Offsets [C, BD] into a [tokens, HEADS, D] tensor, and the mask of what exists (64-bit: it may pass 2^31)."""
-    t, d = t0 + tl.arange(0, C), d0 + tl.arange(0, BD)
-    return ((start + t)[:, None] * HEADS + head) * D + d[None, :], (t < length)[:, None] & (d < D)[None, :]
+def load_rows(x, token, left, head, HEADS: tl.constexpr, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr):
+    """Tile [C, BD] of x [tokens, HEADS, D] from row `token` and column d0 on; zero behind the last `left` rows and column D."""
+    x += (token * HEADS + head) * D                                      # 64-bit once; 32-bit inside the tile
+    r, d = tl.arange(0, C), d0 + tl.arange(0, BD)
+    return tl.load(x + r[:, None] * (HEADS * D) + d[None, :], mask=(r < left)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @jit
-def state_tile(row, d0, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Offsets [BK, BV] into the state of one chunk (or sequence) and head, and the mask of what exists."""
+def store_rows(x, value, token, left, head, HEADS: tl.constexpr, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr):
+    """The inverse of load_rows, in the dtype of x."""
+    x += (token * HEADS + head) * D
+    r, d = tl.arange(0, C), d0 + tl.arange(0, BD)
+    tl.store(x + r[:, None] * (HEADS * D) + d[None, :], value.to(x.dtype.element_ty),
+             mask=(r < left)[:, None] & (d < D)[None, :])
+
+
+@jit
+def load_state(x, row, d0, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Tile [BK, BV] of matrix `row` of x [rows, DK, DV], zero outside."""
     d, v = d0 + tl.arange(0, BK), v0 + tl.arange(0, BV)
-    return row * DK * DV + d[:, None] * DV + v[None, :], (d < DK)[:, None] & (v < DV)[None, :]
+    return tl.load(x + row * DK * DV + (d[:, None] * DV + v[None, :]), mask=(d < DK)[:, None] & (v < DV)[None, :], other=0.0)
 
 
 @jit
-def gates(g, beta, start, t0, length, head, HEADS: tl.constexpr, C: tl.constexpr):
-    """log gamma = cumsum(g) of one chunk as a sum of two floats (hi + lo), its last value, and beta; zero behind the end."""
-    t = t0 + tl.arange(0, C)
-    at, inside = (start + t) * HEADS + head, t < length
+def store_state(x, value, row, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """The inverse of load_state for d0 = 0, in the dtype of x."""
+    d, v = tl.arange(0, BK), v0 + tl.arange(0, BV)
+    tl.store(x + row * DK * DV + (d[:, None] * DV + v[None, :]), value.to(x.dtype.element_ty),
+             mask=(d < DK)[:, None] & (v < DV)[None, :])
+
+
+@jit
+def gates(g, beta, token, left, head, HEADS: tl.constexpr, C: tl.constexpr):
+    """-> log gamma as a sum of two floats (hi + lo), gamma, gamma_C / gamma, gamma_C, beta. Behind the end g = beta = 0.
+
+    log gamma = cumsum(g) is summed in fp64 (64 numbers) and kept as hi + lo: its differences are exponents, and
+    -1000.0 - (-1000.1) would lose four digits in fp32.
+    """
+    r = tl.arange(0, C)
+    at, inside = token * HEADS + head + r * HEADS, r < left
     g = tl.load(g + at, mask=inside, other=0.0).to(tl.float64)
     total, log_gamma = tl.sum(g, 0), tl.cumsum(g, 0)
     hi = log_gamma.to(tl.float32)
     lo = (log_gamma - hi.to(tl.float64)).to(tl.float32)
-    gamma, rest = tl.exp(log_gamma.to(tl.float32)), tl.exp((total - log_gamma).to(tl.float32))
-    return hi, lo, gamma, rest, tl.exp(total.to(tl.float32)), tl.load(beta + at, mask=inside, other=0.0)
+    rest = tl.exp((total - log_gamma).to(tl.float32))
+    return hi, lo, tl.exp(hi), rest, tl.exp(total.to(tl.float32)), tl.load(beta + at, mask=inside, other=0.0)
 
 
 @jit
@@ -204,46 +226,52 @@ def squares(x):
 
 @jit
 def inverse_length(xx, NORM: tl.constexpr):
-    """1 / |x_i|. The L2-norm is a factor of a row: it is applied behind the products, to the other factors of the row."""
+    """1 / |x_i|, or 1. The L2-norm is a factor of a row: it is applied behind a product, to the row's other factors."""
     return tl.rsqrt(xx + 1e-6) if NORM else tl.full([xx.shape[0]], 1.0, tl.float32)
 
+
+# ----------------------------------------------------------------------------------------- the kernels (Triton)
 
 @jit
 def inverse_kernel(k, g, beta, T, cu_seqlens, first_chunk, chunk_seq, tokens,
                    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
                    VARLEN: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
+    """T = (I + A)^-1 with A = strictLower(beta_i D_ij k_i.k_j), for every chunk.
+
+    Grid (chunks, HV). Registers: A and T [C, C] fp32. Shared memory: k [C, BK] and the operands of the merges.
+    Reads k, g, beta; writes T [chunks, HV, C, C] in the dtype of k.
+    """
     c, h = tl.program_id(0), tl.program_id(1)
     s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
     if s < 0:
         return
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    t0 = (c - first) * C
-    # 1. A = strictLower(beta_i D_ij k_i.k_j)
-    at, inside = tile(start, t0, length, h // (HV // H), H, DK, 0, C, BK)
-    bk = tl.load(k + at, mask=inside, other=0.0)
+    token, left = start + (c - first) * C, length - (c - first) * C
+    # 1. A
+    bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
     rk = inverse_length(squares(bk), NORM)
-    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, start, t0, length, h, HV, C)
+    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
     A = tl.dot(bk, tl.trans(bk), input_precision="ieee") * decay(hi, lo, C) * (b * rk)[:, None] * rk[None, :]
     r = tl.arange(0, C)
     row, col = r[:, None], r[None, :]
     A = tl.where(row > col, A, 0.0)
-    # 2. 16 x 16 diagonal blocks, all at once: row i of T = e_i - A_i T, for i = 1..15
+    # 2. the 16 x 16 blocks on the diagonal, all at once, by forward substitution: T_i = e_i - sum_j A_ij T_j
     blocks: tl.constexpr = C // 16
     n, i16 = tl.arange(0, blocks), tl.arange(0, 16)
     diagonal = (n[:, None] == n[None, :])[:, None, :, None]
-    A16 = tl.sum(tl.where(diagonal, tl.reshape(A, (blocks, 16, blocks, 16)), 0.0), 2)      # [blocks, 16, 16]
+    A16 = tl.sum(tl.where(diagonal, tl.reshape(A, (blocks, 16, blocks, 16)), 0.0), 2)          # [blocks, 16, 16]
     row16 = i16[None, :, None]
-    inv16 = tl.where((row16 == i16[None, None, :]) & (n[:, None, None] >= 0), 1.0, 0.0)
+    T16 = tl.where((row16 == i16[None, None, :]) & (n[:, None, None] >= 0), 1.0, 0.0)
     for i in range(1, 16):
-        a = tl.sum(tl.where(row16 == i, A16, 0.0), 1)                                      # row i of A
-        inv16 -= tl.where(row16 == i, tl.sum(a[:, :, None] * inv16, 1)[:, None, :], 0.0)
-    inv = tl.reshape(tl.where(diagonal, inv16[:, :, None, :], 0.0), (C, C))
-    # 3. merge pairs of blocks: [[T1, 0], [-T2 A21 T1, T2]]
+        A_i = tl.sum(tl.where(row16 == i, A16, 0.0), 1)
+        T16 -= tl.where(row16 == i, tl.sum(A_i[:, :, None] * T16, 1)[:, None, :], 0.0)
+    bT = tl.reshape(tl.where(diagonal, T16[:, :, None, :], 0.0), (C, C))
+    # 3. merge neighbours, 16 -> 32 -> 64: [[T1, 0], [-T2 A21 T1, T2]]. Exact: no power of A is ever formed
     for level in tl.static_range(0, C.bit_length() - 5):
         size = 16 << level
         A21 = tl.where((row // (2 * size) == col // (2 * size)) & (row // size > col // size), A, 0.0)
-        inv -= tl.dot(inv, tl.dot(A21, inv, input_precision=PREC), input_precision=PREC)
-    tl.store(T + (c.to(tl.int64) * HV + h) * C * C + row * C + col, inv.to(T.dtype.element_ty))
+        bT -= tl.dot(bT, tl.dot(A21, bT, input_precision=PREC), input_precision=PREC)
+    tl.store(T + (c.to(tl.int64) * HV + h) * C * C + (row * C + col), bT.to(T.dtype.element_ty))
 
 
 @jit
@@ -251,38 +279,47 @@ def forward_kernel(q, k, v, g, beta, T, S0, o, U, states, S_out, cu_seqlens, fir
                    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
                    BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr,
                    NORM: tl.constexpr, SAVE: tl.constexpr):
-    dt = k.dtype.element_ty
+    """The walk over the chunks of one sequence; nothing but the state is carried.
+
+        U~  = T beta (V - gamma K S_0)
+        O   = gamma Q S_0 + tril(Q K^T D) U~
+        S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
+
+    Grid (Dv / BV, sequences * HV): columns of S never meet. Registers: S [BK, BV] fp32, U~ and O [C, BV], Q K^T [C, C].
+    Shared memory: tiles of q, k, v, T on their way in. Reads q, k, v, T, g, beta, S0.
+    Writes o and the final state; or, for the backward pass (SAVE), U~ and the state at the start of each chunk.
+    """
     v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    dt = k.dtype.element_ty
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    r, dk, dv = tl.arange(0, C), tl.arange(0, BK), v0 + tl.arange(0, BV)
-    at_S, in_S = dk[:, None] * DV + dv[None, :], (dk < DK)[:, None] & (dv < DV)[None, :]
-    state = (s.to(tl.int64) * HV + h) * DK * DV
-    S = tl.load(S0 + state + at_S, mask=in_S, other=0.0) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
+    row = s.to(tl.int64) * HV + h
+    S = load_state(S0, row, 0, v0, DK, DV, BK, BV) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
     for n in range(tl.cdiv(length, C)):
-        t0, chunk = n * C, (first + n) * HV + h
-        at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, 0, C, BK)
-        at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
-        bk = tl.load(k + at_k, mask=in_k, other=0.0)
+        token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
+        bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+        bv = load_rows(v, token, left, h, HV, DV, v0, C, BV)
+        bT = load_state(T, chunk, 0, 0, C, C, C, C)
         rk = inverse_length(squares(bk), NORM)
-        bv = tl.load(v + at_v, mask=in_v, other=0.0)
-        bT = tl.load(T + chunk * C * C + r[:, None] * C + r[None, :])
-        hi, lo, gamma, rest, gamma_C, b = gates(g, beta, start, t0, length, h, HV, C)
+        hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
+        # 1. U~ = T beta (V - gamma K S_0)
         Sd = S.to(dt)
-        R = b[:, None] * (bv - (gamma * rk)[:, None] * tl.dot(bk, Sd, input_precision="ieee"))
-        bU = tl.dot(bT, R.to(dt), input_precision="ieee")
+        VS = b[:, None] * (bv - (gamma * rk)[:, None] * tl.dot(bk, Sd, input_precision="ieee"))
+        bU = tl.dot(bT, VS.to(dt), input_precision="ieee")
         if SAVE:
-            tl.store(U + at_v, bU.to(dt), mask=in_v)
-            tl.store(states + chunk * DK * DV + at_S, Sd, mask=in_S)
+            store_rows(U, bU, token, left, h, HV, DV, v0, C, BV)
+            store_state(states, S, chunk, v0, DK, DV, BK, BV)
         else:
-            bq = tl.load(q + at_k, mask=in_k, other=0.0)
+            # 2. O = gamma Q S_0 + tril(Q K^T D) U~
+            bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
             rq = inverse_length(squares(bq), NORM) * scale
             P = tl.dot(bq, tl.trans(bk), input_precision="ieee") * decay(hi, lo, C) * rq[:, None] * rk[None, :]
             bo = (gamma * rq)[:, None] * tl.dot(bq, Sd, input_precision="ieee")
             bo += tl.dot(P.to(dt), bU.to(dt), input_precision="ieee")
-            tl.store(o + at_v, bo.to(dt), mask=in_v)
+            store_rows(o, bo, token, left, h, HV, DV, v0, C, BV)
+        # 3. S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
         S = gamma_C * S + tl.dot(tl.trans(bk), ((rest * rk)[:, None] * bU).to(dt), input_precision="ieee")
     if not SAVE:
-        tl.store(S_out + state + at_S, S, mask=in_S)
+        store_state(S_out, S, row, v0, DK, DV, BK, BV)
 
 
 @jit
@@ -290,140 +327,168 @@ def backward_state_kernel(q, k, g, beta, T, do, dS_out, X, dstates, dS0, cu_seql
                           H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
                           BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr,
                           NORM: tl.constexpr):
-    dt = k.dtype.element_ty
+    """The walk back over the chunks.
+
+        dU~  = tril(Q K^T D)^T dO + gamma_C / gamma K dS_C
+        X    = T^T dU~                                              (so dV = beta X and dA = -X U~^T)
+        dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
+
+    Grid (Dv / BV, sequences * HV). Registers: dS [BK, BV] fp32, dU~ and X [C, BV], K Q^T [C, C].
+    Shared memory: tiles of q, k, dO, T on their way in. Reads q, k, dO, T, g, beta and the final state's gradient.
+    Writes X, the gradient of the state at the end of each chunk, and the gradient of the initial state.
+    """
     v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    dt = k.dtype.element_ty
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    r, dk, dv = tl.arange(0, C), tl.arange(0, BK), v0 + tl.arange(0, BV)
-    at_S, in_S = dk[:, None] * DV + dv[None, :], (dk < DK)[:, None] & (dv < DV)[None, :]
-    state = (s.to(tl.int64) * HV + h) * DK * DV
-    dS = tl.load(dS_out + state + at_S, mask=in_S, other=0.0)
-    chunks = tl.cdiv(length, C)
+    row, chunks = s.to(tl.int64) * HV + h, tl.cdiv(length, C)
+    dS = load_state(dS_out, row, 0, v0, DK, DV, BK, BV)
     for m in range(chunks):
         n = chunks - 1 - m
-        t0, chunk = n * C, (first + n) * HV + h
-        at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, 0, C, BK)
-        at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
-        bk = tl.load(k + at_k, mask=in_k, other=0.0)
-        bq = tl.load(q + at_k, mask=in_k, other=0.0)
+        token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
+        bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+        bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
+        bdo = load_rows(do, token, left, h, HV, DV, v0, C, BV)
+        bT = load_state(T, chunk, 0, 0, C, C, C, C)
         rk, rq = inverse_length(squares(bk), NORM), inverse_length(squares(bq), NORM) * scale
-        bdo = tl.load(do + at_v, mask=in_v, other=0.0)
-        bT = tl.load(T + chunk * C * C + r[:, None] * C + r[None, :])
-        hi, lo, gamma, rest, gamma_C, b = gates(g, beta, start, t0, length, h, HV, C)
-        dSd = dS.to(dt)
-        tl.store(dstates + chunk * DK * DV + at_S, dSd, mask=in_S)
-        P = tl.dot(bq, tl.trans(bk), input_precision="ieee") * decay(hi, lo, C) * rq[:, None] * rk[None, :]
-        dU = tl.dot(tl.trans(P.to(dt)), bdo, input_precision="ieee")
-        dU += (rest * rk)[:, None] * tl.dot(bk, dSd, input_precision="ieee")
+        hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
+        store_state(dstates, dS, chunk, v0, DK, DV, BK, BV)
+        # 1. dU~ = tril(Q K^T D)^T dO + gamma_C / gamma K dS_C
+        PT = tl.dot(bk, tl.trans(bq), input_precision="ieee") * tl.trans(decay(hi, lo, C)) * rk[:, None] * rq[None, :]
+        dU = (rest * rk)[:, None] * tl.dot(bk, dS.to(dt), input_precision="ieee")
+        dU += tl.dot(PT.to(dt), bdo, input_precision="ieee")
+        # 2. X = T^T dU~
         bX = tl.dot(tl.trans(bT), dU.to(dt), input_precision="ieee")
-        tl.store(X + at_v, bX.to(dt), mask=in_v)
+        store_rows(X, bX, token, left, h, HV, DV, v0, C, BV)
+        # 3. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
         dS = gamma_C * dS + tl.dot(tl.trans(bq), ((gamma * rq)[:, None] * bdo).to(dt), input_precision="ieee")
         dS -= tl.dot(tl.trans(bk), ((b * gamma * rk)[:, None] * bX).to(dt), input_precision="ieee")
     if HAS_S0:
-        tl.store(dS0 + state + at_S, dS, mask=in_S)
+        store_state(dS0, dS, row, v0, DK, DV, BK, BV)
 
 
 @jit
-def backward_chunk_kernel(q, k, v, g, beta, do, U, X, states, dstates, dq, dk, dv, dg, dbeta,
-                          cu_seqlens, first_chunk, chunk_seq, tokens, scale,
-                          H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
-                          BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
-    dt = k.dtype.element_ty
+def backward_scores_kernel(q, k, v, g, beta, do, U, X, dPn, dAn, dv, sums, cu_seqlens, first_chunk, chunk_seq, tokens, stride, scale,
+                           H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+                           BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
+    """The gradients of the two [C, C] matrices of a chunk, and their row and column sums.
+
+        dP = dO U~^T D            E = dP (Q K^T)        sums: rows(E);  cols(E) + rows(beta F) + cols(beta F);
+        dA = -X U~^T D (i > j)    F = dA (K K^T)              rows(E) - cols(E) + rows(beta F) - cols(beta F);  rows(F) + X.V
+        dV = beta X
+
+    Grid (chunks, HV). Registers: dP, dA, Q K^T, K K^T [C, C] fp32. Shared memory: q, k [C, BK] and dO, U~, X [C, BV].
+    Reads q, k, v, dO, U~, X, g, beta; writes dv, dP and beta dA [chunks, HV, C, C] (both divided by the lengths that
+    use_qk_l2norm_in_kernel divides by) and the sums [4, tokens, HV].
+    """
     c, h = tl.program_id(0), tl.program_id(1)
     s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
     if s < 0:
         return
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    t0, chunk = (c - first) * C, c.to(tl.int64) * HV + h
-    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, start, t0, length, h, HV, C)
-    r = tl.arange(0, C)
-    t = t0 + r
-    at_g = (start + t) * HV + h
-    # 1. dP = dO U~^T D, dA = -X U~^T D, dV = beta X
+    token, left, chunk = start + (c - first) * C, length - (c - first) * C, c.to(tl.int64) * HV + h
+    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
+    # 1. dO U~^T, X U~^T, X.V, dV
     dP, dA, xv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for v0 in range(0, DV, BV):
-        at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
-        bdo, bU = tl.load(do + at_v, mask=in_v, other=0.0), tl.load(U + at_v, mask=in_v, other=0.0)
-        bX, bv = tl.load(X + at_v, mask=in_v, other=0.0), tl.load(v + at_v, mask=in_v, other=0.0)
+        bdo, bU = load_rows(do, token, left, h, HV, DV, v0, C, BV), load_rows(U, token, left, h, HV, DV, v0, C, BV)
+        bX, bv = load_rows(X, token, left, h, HV, DV, v0, C, BV), load_rows(v, token, left, h, HV, DV, v0, C, BV)
         dP += tl.dot(bdo, tl.trans(bU), input_precision="ieee")
         dA -= tl.dot(bX, tl.trans(bU), input_precision="ieee")
         xv += tl.sum(bX.to(tl.float32) * bv.to(tl.float32), 1)
-        tl.store(dv + at_v, (b[:, None] * bX).to(dt), mask=in_v)
-    D = decay(hi, lo, C)
-    dP *= D * scale
-    dA = tl.where(r[:, None] > r[None, :], dA * D, 0.0)
-    # 2. |q_i|^-1 and |k_i|^-1
-    qq, kk = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+        store_rows(dv, b[:, None] * bX, token, left, h, HV, DV, v0, C, BV)
+    # 2. dP, dA
+    bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
+    bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+    rq, rk = inverse_length(squares(bq), NORM), inverse_length(squares(bk), NORM)
+    r = tl.arange(0, C)
+    D = decay(hi, lo, C) * rk[None, :]
+    dP *= D * (rq * scale)[:, None]
+    dA = tl.where(r[:, None] > r[None, :], dA * D * rk[:, None], 0.0)
+    store_state(dPn, dP, chunk, 0, C, C, C, C)
+    store_state(dAn, dA * b[:, None], chunk, 0, C, C, C, C)
+    # 3. E, F
+    E = dP * tl.dot(bq, tl.trans(bk), input_precision="ieee")
+    F = dA * tl.dot(bk, tl.trans(bk), input_precision="ieee")
+    E_row, E_col, F_row, F_col = tl.sum(E, 1), tl.sum(E, 0), tl.sum(F, 1), tl.sum(F * b[:, None], 0)
+    at, inside = (token * HV + h) + r * HV, r < left
+    sums += at
+    tl.store(sums, E_row, mask=inside)
+    tl.store(sums + stride, E_col + b * F_row + F_col, mask=inside)
+    tl.store(sums + 2 * stride, E_row - E_col + b * F_row - F_col, mask=inside)
+    tl.store(sums + 3 * stride, F_row + xv, mask=inside)
+
+
+@jit
+def backward_chunk_kernel(q, k, g, beta, do, U, X, states, dstates, dPn, dAn, sums, dq, dk, dg, dbeta,
+                          cu_seqlens, first_chunk, chunk_seq, tokens, stride, scale,
+                          H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+                          BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
+    """The gradients of q, k, g and beta of one chunk.
+
+        Y = gamma dO S_0^T    Z = gamma X S_0^T    R = gamma_C / gamma U~ dS_C^T
+        dQ = Y + dP K         dK = R - beta Z + dP^T Q + (beta dA) K + (beta dA)^T K
+        dbeta      = rows(F) + X.V - K.Z
+        dlog gamma = rows(E) - cols(E) + rows(beta F) - cols(beta F) + Q.Y - beta K.Z - K.R
+        dg_t       = sum over i >= t of dlog gamma_i, + sum(K.R) + gamma_C S_0.dS_C
+
+    With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, and x^.dx^ is one of the sums.
+    Grid (chunks, HV). Registers: dq, then dk with one of Z and R [C, BK] fp32. Shared memory: q, k [C, BK], dP, dA [C, C],
+    tiles [BK, BV] of the states and [C, BV] of dO, U~, X. Reads all of those, g, beta, sums; writes dq, dk, dg, dbeta.
+    """
+    c, h = tl.program_id(0), tl.program_id(1)
+    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
+    if s < 0:
+        return
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    token, left, chunk = start + (c - first) * C, length - (c - first) * C, c.to(tl.int64) * HV + h
+    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
+    bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
+    bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+    rq, rk = inverse_length(squares(bq), NORM), inverse_length(squares(bk), NORM)
+    r = tl.arange(0, C)
+    at, inside = (token * HV + h) + r * HV, r < left
+    bP = load_state(dPn, chunk, 0, 0, C, C, C, C)
+    # 1. dQ
+    Y = tl.zeros([C, BK], tl.float32)
+    for v0 in range(0, DV, BV):
+        bdo, S = load_rows(do, token, left, h, HV, DV, v0, C, BV), load_state(states, chunk, 0, v0, DK, DV, BK, BV)
+        Y += tl.dot(bdo, tl.trans(S), input_precision="ieee")
+    Y *= (gamma * rq * scale)[:, None]
+    qy = tl.sum(bq.to(tl.float32) * Y, 1)
+    Y += tl.dot(bP, bk, input_precision="ieee")
     if NORM:
-        for d0 in range(0, DK, BK):
-            at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, d0, C, BK)
-            qq += squares(tl.load(q + at_k, mask=in_k, other=0.0))
-            kk += squares(tl.load(k + at_k, mask=in_k, other=0.0))
-    rq, rk = inverse_length(qq, NORM), inverse_length(kk, NORM)
-    # 3. dQ, dK, and the sums over Dk
-    E_row, E_col, F_row, F_col = (tl.zeros([C], tl.float32),) * 4
-    qy, kz, kr, sds = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
-    for d0 in range(0, DK, BK):
-        d = d0 + tl.arange(0, BK)
-        at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, d0, C, BK)
-        at_d, in_d = tile(start, t0, length, h, HV, DK, d0, C, BK)
-        bk, bq = tl.load(k + at_k, mask=in_k, other=0.0), tl.load(q + at_k, mask=in_k, other=0.0)
-        # E = dP Q K^T, Y = gamma dO S_0^T, dQ = Y + dP K
-        E = dP * tl.dot(bq, tl.trans(bk), input_precision="ieee") * rq[:, None] * rk[None, :]
-        E_row += tl.sum(E, 1)
-        E_col += tl.sum(E, 0)
-        Y = tl.zeros([C, BK], tl.float32)
-        for v0 in range(0, DV, BV):
-            at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
-            at_S, in_S = state_tile(chunk, d0, v0, DK, DV, BK, BV)
-            S = tl.load(states + at_S, mask=in_S, other=0.0)
-            Y += tl.dot(tl.load(do + at_v, mask=in_v, other=0.0), tl.trans(S), input_precision="ieee")
-        Y *= (gamma * scale)[:, None]
-        qy += rq * tl.sum(bq.to(tl.float32) * Y, 1)
-        bdq = Y + tl.dot((dP * rk[None, :]).to(dt), bk, input_precision="ieee")
-        tl.store(dq + at_d, bdq.to(dq.dtype.element_ty), mask=in_d)
-        # F = dA K K^T, Z = gamma X S_0^T
-        F = dA * tl.dot(bk, tl.trans(bk), input_precision="ieee") * rk[:, None] * rk[None, :]
-        F_row += tl.sum(F, 1)
-        F_col += tl.sum(F * b[:, None], 0)
-        Z = tl.zeros([C, BK], tl.float32)
-        for v0 in range(0, DV, BV):
-            at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
-            at_S, in_S = state_tile(chunk, d0, v0, DK, DV, BK, BV)
-            S, dS = tl.load(states + at_S, mask=in_S, other=0.0), tl.load(dstates + at_S, mask=in_S, other=0.0)
-            Z += tl.dot(tl.load(X + at_v, mask=in_v, other=0.0), tl.trans(S), input_precision="ieee")
-            sds += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
-        Z *= gamma[:, None]
-        kz += rk * tl.sum(bk.to(tl.float32) * Z, 1)
-        bdk = -b[:, None] * Z + tl.dot(tl.trans((dP * rq[:, None]).to(dt)), bq, input_precision="ieee")
-        bA = dA * b[:, None]
-        bdk += tl.dot((bA * rk[None, :]).to(dt), bk, input_precision="ieee")
-        bdk += tl.dot(tl.trans((bA * rk[:, None]).to(dt)), bk, input_precision="ieee")
-        # R = (gamma_C / gamma) U~ dS_C^T
-        R = tl.zeros([C, BK], tl.float32)
-        for v0 in range(0, DV, BV):
-            at_v, in_v = tile(start, t0, length, h, HV, DV, v0, C, BV)
-            at_S, in_S = state_tile(chunk, d0, v0, DK, DV, BK, BV)
-            dS = tl.load(dstates + at_S, mask=in_S, other=0.0)
-            R += tl.dot(tl.load(U + at_v, mask=in_v, other=0.0), tl.trans(dS), input_precision="ieee")
-        R *= rest[:, None]
-        kr += rk * tl.sum(bk.to(tl.float32) * R, 1)
-        tl.store(dk + at_d, (bdk + R).to(dk.dtype.element_ty), mask=in_d)
-    # 4. dbeta, dg
-    tl.store(dbeta + at_g, F_row + xv - kz, mask=t < length)
-    dlog = E_row - E_col + b * F_row - F_col + qy - b * kz - kr
+        sq = tl.load(sums + at, mask=inside, other=0.0) + qy
+        Y -= (rq * rq * sq)[:, None] * bq.to(tl.float32)
+    store_rows(dq, Y, token, left, h, HV, DK, 0, C, BK)
+    # 2. dK
+    Z = tl.zeros([C, BK], tl.float32)
+    for v0 in range(0, DV, BV):
+        bX, S = load_rows(X, token, left, h, HV, DV, v0, C, BV), load_state(states, chunk, 0, v0, DK, DV, BK, BV)
+        Z += tl.dot(bX, tl.trans(S), input_precision="ieee")
+    Z *= (gamma * rk)[:, None]
+    kz = tl.sum(bk.to(tl.float32) * Z, 1)
+    R, sds = tl.zeros([C, BK], tl.float32), 0.0
+    for v0 in range(0, DV, BV):
+        bU, dS = load_rows(U, token, left, h, HV, DV, v0, C, BV), load_state(dstates, chunk, 0, v0, DK, DV, BK, BV)
+        S = load_state(states, chunk, 0, v0, DK, DV, BK, BV)
+        R += tl.dot(bU, tl.trans(dS), input_precision="ieee")
+        sds += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+    R *= (rest * rk)[:, None]
+    kr = tl.sum(bk.to(tl.float32) * R, 1)
+    R -= b[:, None] * Z
+    bA = load_state(dAn, chunk, 0, 0, C, C, C, C)
+    R += tl.dot(tl.trans(bP), bq, input_precision="ieee")
+    R += tl.dot(bA, bk, input_precision="ieee")
+    R += tl.dot(tl.trans(bA), bk, input_precision="ieee")
+    if NORM:
+        sk = tl.load(sums + stride + at, mask=inside, other=0.0) + kr - b * kz
+        R -= (rk * rk * sk)[:, None] * bk.to(tl.float32)
+    store_rows(dk, R, token, left, h, HV, DK, 0, C, BK)
+    # 3. dbeta, dg
+    tl.store(dbeta + at, tl.load(sums + 3 * stride + at, mask=inside, other=0.0) - kz, mask=inside)
+    dlog = tl.load(sums + 2 * stride + at, mask=inside, other=0.0) + qy - b * kz - kr
     after = tl.sum(dlog, 0) - tl.cumsum(dlog, 0) + dlog
-    tl.store(dg + at_g, after + tl.sum(kr, 0) + gamma_C * sds, mask=t < length)
-    # 5. backward of the norm
-    if NORM:
-        tl.debug_barrier()
-        sq, sk = (E_row + qy) * rq, (E_col + b * F_row + F_col + kr - b * kz) * rk
-        for d0 in range(0, DK, BK):
-            at_k, in_k = tile(start, t0, length, h // (HV // H), H, DK, d0, C, BK)
-            at_d, in_d = tile(start, t0, length, h, HV, DK, d0, C, BK)
-            bk, bq = tl.load(k + at_k, mask=in_k, other=0.0).to(tl.float32), tl.load(q + at_k, mask=in_k, other=0.0).to(tl.float32)
-            bdq, bdk = tl.load(dq + at_d, mask=in_d, other=0.0).to(tl.float32), tl.load(dk + at_d, mask=in_d, other=0.0).to(tl.float32)
-            tl.store(dq + at_d, (rq[:, None] * (bdq - bq * sq[:, None])).to(dq.dtype.element_ty), mask=in_d)
-            tl.store(dk + at_d, (rk[:, None] * (bdk - bk * sk[:, None])).to(dk.dtype.element_ty), mask=in_d)
+    tl.store(dg + at, after + tl.sum(kr, 0) + gamma_C * sds, mask=inside)
 
 
 @jit
@@ -457,8 +522,7 @@ def triton_tiles(Dk, Dv, dtype):
     BK, narrow = pow2(Dk), dtype != torch.float32
     C = (64 if BK <= 128 else 32) if narrow else (32 if BK <= 128 else 16)
     BV = min(pow2(Dv), 32 if narrow or BK <= 64 else 16)
-    block = min(64 if narrow else 32, BK), min(64 if narrow else 32, pow2(Dv))
-    return C, dict(BK=BK, num_warps=4), dict(BK=BK, BV=BV, num_warps=4, num_stages=2), dict(BK=block[0], BV=block[1], num_warps=4, num_stages=2)
+    return C, dict(BK=BK, num_warps=4), dict(BK=BK, BV=BV, num_warps=4, num_stages=2), dict(BK=BK, BV=min(pow2(Dv), 64 if narrow else 32), num_warps=4, num_stages=2)
 
 
 def chunk_table(q, cu_seqlens, C):
@@ -516,6 +580,7 @@ def triton_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sc
     C, _, by_sequence, by_block = triton_tiles(Dk, Dv, q.dtype)
     sequences, chunks, first_chunk, chunk_seq = chunk_table(q, cu_seqlens, C)
     states, dstates = q.new_empty(chunks, HV, Dk, Dv), q.new_empty(chunks, HV, Dk, Dv)
+    dP, dA, sums = q.new_empty(chunks, HV, C, C), q.new_empty(chunks, HV, C, C), g.new_empty(4, *g.shape)
     U, X, dv, dg, dbeta = (torch.empty_like(x) for x in (v, v, v, g, beta))
     dS0 = g.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     dq, dk = (q.new_empty(B, tokens, HV, Dk, dtype=q.dtype if H == HV else torch.float32) for _ in range(2))
@@ -526,8 +591,10 @@ def triton_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sc
                                scale, **common, **by_sequence, HAS_S0=initial_state is not None, SAVE=True)
         backward_state_kernel[serial](q, k, g, beta, T, do, dS, X, dstates, dS0, cu_seqlens, first_chunk, tokens, scale,
                                       **common, **by_sequence, HAS_S0=initial_state is not None)
-        backward_chunk_kernel[(chunks, HV)](q, k, v, g, beta, do, U, X, states, dstates, dq, dk, dv, dg, dbeta,
-                                            cu_seqlens, first_chunk, chunk_seq, tokens, scale, **common, **by_block)
+        backward_scores_kernel[(chunks, HV)](q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seqlens, first_chunk, chunk_seq,
+                                             tokens, g.numel(), scale, **common, **by_block)
+        backward_chunk_kernel[(chunks, HV)](q, k, g, beta, do, U, X, states, dstates, dP, dA, sums, dq, dk, dg, dbeta,
+                                            cu_seqlens, first_chunk, chunk_seq, tokens, g.numel(), scale, **common, **by_block)
     if H != HV:
         dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(q.dtype) for x in (dq, dk))
     return dq, dk, dv, dg, dbeta, dS0

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
+    AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig,
     Qwen2Config, Qwen3Config,
 )
 
@@ -228,7 +227,7 @@ def test_stage_1_trains_the_mixers_alone_towards_the_teachers_attention():
     seen = hd.attention_io(teacher, x, [0])
     start = hd.alignment_loss(student.model.layers[0].self_attn(seen[0][0])[0], seen[0][1])
     history = hd.align_hidden_states(student, teacher, [x] * 40, lr=3e-3, warmup=5)
-    assert history[0]["layer 0"] == pytest.approx(float(start), rel=1e-5)           # the first loss is that of the transferred weights
+    assert history[0]["layer 0"] == pytest.approx(start.item(), rel=1e-5)           # the first loss is that of the transferred weights
     assert history[0]["loss"] == pytest.approx(sum(history[0][f"layer {i}"] for i in (0, 1, 3)) / 3)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     for name, p in student.named_parameters():
@@ -357,18 +356,10 @@ def test_baselines_and_published_selections():
 
 # ------------------------------------------------------------------------------------------------ data
 
-def byte_tokenizer():
-    """A tokenizer.json of single bytes, as every family loads it: <pad> 0, <eos> 1, then 256 bytes."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())])}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer, backend.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-
-
 def save_teacher(folder, family="llama", **changes):
     teacher = make_teacher(family, **changes)
     teacher.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    hd.byte_tokenizer().save_pretrained(folder)
     return teacher
 
 
@@ -400,7 +391,7 @@ def tiny_settings(**changes):
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "saved"])
 def test_every_kind_of_data_gives_the_same_documents_whole_and_apart(kind, tmp_path):
     settings = tiny_settings(data=write_corpus(tmp_path / "data", kind, TEXTS))
-    corpus = hd.Corpus(settings, ByT5Tokenizer(), tmp_path)
+    corpus = hd.Corpus(settings, hd.byte_tokenizer(), tmp_path)
     corpus._fill(10 ** 6)
     stream = torch.from_numpy(np.fromfile(corpus.file, "uint32").astype("int64"))
     documents = bytes((stream - 3).clamp(min=0).tolist()).split(b"\0")[:-1]         # EOS is 1, clamped to byte 0
@@ -417,13 +408,13 @@ def test_every_kind_of_data_gives_the_same_documents_whole_and_apart(kind, tmp_p
 
 def test_a_stream_resumes_in_its_middle(tmp_path):
     settings = tiny_settings(data=write_corpus(tmp_path / "data", "jsonl", TEXTS * 20))
-    whole = hd.Corpus(settings, ByT5Tokenizer(), tmp_path)
+    whole = hd.Corpus(settings, hd.byte_tokenizer(), tmp_path)
     whole._fill(1000)
     (tmp_path / "again").mkdir()
-    first = hd.Corpus(settings, ByT5Tokenizer(), tmp_path / "again")
+    first = hd.Corpus(settings, hd.byte_tokenizer(), tmp_path / "again")
     with open(first.file, "ab") as file:
         file.write(b"half a write")                                                # a kill between the tokens and their count
-    again = hd.Corpus(settings, ByT5Tokenizer(), tmp_path / "again")
+    again = hd.Corpus(settings, hd.byte_tokenizer(), tmp_path / "again")
     again._fill(1000)
     assert first.meta["documents"] < whole.meta["documents"] and again.file.read_bytes() == whole.file.read_bytes()
     assert torch.equal(again.batches("distill", 3, 16)(7), whole.batches("distill", 3, 16)(7))
@@ -434,7 +425,7 @@ def test_chat_skips_and_missing_columns(tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"question {i} " * 5}, {"role": "assistant", "content": "answer"}], "n": i} for i in range(40)]
     rows += [{"messages": [], "n": 0}] * 2
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = ByT5Tokenizer()
+    tokenizer = hd.byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     how = dict(data=str(tmp_path / "chat.jsonl"), text_column="messages")
     corpus = hd.Corpus(tiny_settings(chat=True, **how), tokenizer, tmp_path)
@@ -448,6 +439,12 @@ def test_chat_skips_and_missing_columns(tmp_path):
         (tmp_path / "short.txt").write_text("too short")
         (tmp_path / "s").mkdir()
         hd.Corpus(tiny_settings(data=str(tmp_path / "short.txt")), tokenizer, tmp_path / "s")
+
+
+def test_the_byte_tokenizer_is_bytes():
+    text = "Añ→\n\t def x(): 🙂"
+    ids = hd.byte_tokenizer()(text)["input_ids"]
+    assert ids == [b + 3 for b in text.encode()] and hd.byte_tokenizer().decode(ids) == text
 
 
 def test_embedded_batches_are_a_function_of_seed_stage_and_step():
@@ -524,7 +521,7 @@ def test_a_run_from_a_local_folder_and_its_student_in_another_process(family, tm
     assert done.returncode == 0, done.stderr
     other = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
     here = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student", trust_remote_code=True, dtype=getattr(torch, dtype))
-    x = byte_tokenizer()("a prompt of some length", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    x = hd.byte_tokenizer()("a prompt of some length", return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         assert here(x).logits.double().sum().item() == pytest.approx(other["logits"], rel=1e-6)
     if dtype == "float32":                                                           # in bf16 near ties may fall either way
