@@ -828,7 +828,10 @@ def distill_logits(student, teacher, batches, steps=None, lr=1e-4, rest_lr=7e-6,
 # ------------------------------------------------------------------------------------------------ stage 3: long-context finetuning
 
 def finetune(student, batches, steps=None, lr=1e-5, micro_batch=None, observer=None):
-    """Stage 3: cross-entropy on longer sequences, all parameters at `lr`, no teacher. Trains in place; returns the history, "ce" a step."""
+    """Stage 3: cross-entropy on longer sequences, all parameters at `lr`, no teacher. Trains in place; returns the history, "ce" a step.
+
+    A student that still shares tensors with its teacher (share_rest, and rest_lr = 0 in stage 2) must be given its own first: `unshare`.
+    """
 
     def losses(tokens):
         with autocast(student):
@@ -863,7 +866,7 @@ class Settings:
     softmax_layers: int = setting(None, "K, how many layers stay softmax [embedded: 1; teacher: a quarter of them]")
     select: str = setting("ga-s2", "ga-s2, greedy, published, uniform, centred, random, first, last, or a list such as 3,7,11")
     early_stop: int = setting(0, "end selection when the top-K set was the same at this many evaluations in a row; 0: never")
-    candidates_at_once: int = setting(None, "selection candidates in memory at a time [all of them; with --teacher: 1]")
+    candidates_at_once: int = setting(None, "selection candidates in memory at a time [all of them; with --teacher: 1, or all with --early-stop]")
     baselines: str = setting(None, "further rows of the report, comma-separated: all-linear, uniform, centred, random, first, last "
                                    "[embedded: all-linear,uniform,centred,random; teacher: none]")
     out: str = setting("runs/default", "the run folder; the same command goes on where a stopped run was")
@@ -876,7 +879,7 @@ class Settings:
     trust_remote_code: bool = setting(False, "let a teacher's or tokenizer's own code run")
     save_seconds: float = setting(30.0, "save the state of the running stage this often")
     dry_run: bool = setting(False, "print the plan, the memory it needs and an estimate of its time, and stop")
-    align_tokens: int = setting(None, "stage 1: tokens [embedded: 0.4M; 100M]")
+    align_tokens: int = setting(None, "stage 1: tokens [embedded: 0.6M; 100M]")
     align_length: int = setting(None, "stage 1: tokens per sequence [128; 512]")
     align_batch: int = setting(None, "stage 1: sequences per step [32; 96]")
     align_lr: float = setting(None, "stage 1: peak learning rate [3e-3; 1e-3]")
@@ -885,7 +888,7 @@ class Settings:
     select_batch: int = setting(None, "selection: sequences per step [32; 32]")
     select_lr: float = setting(None, "selection: learning rate of attention [1e-3; 1e-4]")
     select_rest_lr: float = setting(None, "selection: of the rest; 0 freezes it and shares it with the teacher [1e-4; 7e-6]")
-    distill_tokens: int = setting(None, "stage 2: tokens [0.3M; 600M]")
+    distill_tokens: int = setting(None, "stage 2: tokens [0.26M; 600M]")
     distill_length: int = setting(None, "stage 2: tokens per sequence [128; 4096]")
     distill_batch: int = setting(None, "stage 2: sequences per step [32; 32]")
     distill_lr: float = setting(None, "stage 2: learning rate of attention [1e-3; 1e-4]")
@@ -903,7 +906,7 @@ class Settings:
 EMBEDDED = dict(softmax_layers=1, baselines="all-linear,uniform,centred,random", checkpointing=False, held_out=64,
                 align_tokens=150 * 32 * 128, align_length=128, align_batch=32, align_lr=3e-3,
                 select_tokens=20 * 32 * 128, select_length=128, select_batch=32, select_lr=1e-3, select_rest_lr=1e-4,
-                distill_tokens=80 * 32 * 128, distill_length=128, distill_batch=32, distill_lr=1e-3, distill_rest_lr=1e-4,
+                distill_tokens=64 * 32 * 128, distill_length=128, distill_batch=32, distill_lr=1e-3, distill_rest_lr=1e-4,
                 finetune_tokens=20 * 16 * 256, finetune_length=256, finetune_batch=16, finetune_lr=1e-4)
 PAPER = dict(baselines="", checkpointing=True, micro_batch=1, candidates_at_once=1, held_out=64,
              align_tokens=100_000_000, align_length=512, align_batch=96, align_lr=1e-3,
@@ -1570,7 +1573,7 @@ def run_pipeline(settings: Settings, run: Run, teacher, tokenizer, corpus) -> di
     for name, layers in plan.items():
         if name in done:
             continue
-        same = next((row for row in report["rows"] if sorted(row["softmax_layers"]) == sorted(layers)), None)
+        same = next((row for row in report["rows"][1:] if sorted(row["softmax_layers"]) == sorted(layers)), None)
         if same:
             add({**same, "name": name, "same_as": same["name"]})
             continue
@@ -1579,6 +1582,7 @@ def run_pipeline(settings: Settings, run: Run, teacher, tokenizer, corpus) -> di
         distill_logits(hybrid, teacher, batches("distill"), steps("distill"), settings.distill_lr, settings.distill_rest_lr, micro,
                        observer(f"distill-{label}", steps("distill")))
         kl_distill = evaluate(hybrid, test, teacher)["kl"]
+        unshare(hybrid, teacher)                                         # stage 3 trains everything, also what stage 2 left frozen and shared
         finetune(hybrid, batches("finetune"), steps("finetune"), settings.finetune_lr, micro,
                  observer(f"finetune-{label}", steps("finetune")))
         row = {"name": name, "softmax_layers": sorted(layers), "kl_before_finetune": kl_distill, **measure(hybrid, teacher, corpus, test, settings)}
@@ -1842,7 +1846,7 @@ def resolve(settings: Settings, L: int | None = None) -> Settings:
     if bool(s.teacher) != bool(s.data):
         raise UserError("--teacher and --data go together: a teacher's tokenizer needs text, and the embedded teacher reads only its own corpus")
     for name, value in (PAPER if s.teacher else EMBEDDED).items():
-        if getattr(s, name) is None:
+        if getattr(s, name) is None and not (name == "candidates_at_once" and s.early_stop):      # early stopping compares all of them
             setattr(s, name, value)
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") and s.teacher else "float32")

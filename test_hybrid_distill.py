@@ -528,6 +528,16 @@ def test_a_run_from_a_local_folder_and_its_student_in_another_process(family, tm
         assert other["cached"] == other["uncached"] == other["padded"]
 
 
+def test_a_frozen_rest_never_reaches_the_teacher(tmp_path, monkeypatch):
+    save_teacher(tmp_path / "teacher")
+    kept = []
+    monkeypatch.setattr(hd, "load_teacher", lambda settings, load=hd.load_teacher: kept.append(load(settings)) or kept[0])
+    args = tiny_args(tmp_path / "teacher", write_corpus(tmp_path / "data", "txt", TEXTS), tmp_path / "run", "--distill-rest-lr", 0, "--select-rest-lr", 0, "--finetune-lr", 0.01)
+    assert hd.main([str(a) for a in args]) == 0
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    assert all(torch.equal(p, fresh.get_parameter(name)) for name, p in kept[0][0].named_parameters())
+
+
 def without_clock(folder):
     """What a run decided and measured, without how long it took."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -644,3 +654,89 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(hd, "run_pipeline", full)
     save_teacher(tmp_path / "teacher")
     assert hd.main([str(a) for a in tiny_args(tmp_path / "teacher", write_corpus(tmp_path / "data", "txt", TEXTS), tmp_path / "run2")]) == 1
+
+
+# ------------------------------------------------------------------------------------------------ clients of the saved model
+
+@pytest.fixture(scope="module")
+def saved_student(tmp_path_factory):
+    folder, teacher = tmp_path_factory.mktemp("saved") / "student", make_teacher("qwen3")
+    hd.save_student(hd.transfer_attention(teacher, [1]), hd.byte_tokenizer(), folder, teacher)
+    return folder
+
+
+def load(folder, **how):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **how)
+
+
+def test_without_trust_nothing_is_loaded(saved_student):
+    with pytest.raises(ValueError, match="custom code"):
+        AutoModelForCausalLM.from_pretrained(saved_student, trust_remote_code=False)
+
+
+def test_pipeline_writes_what_generate_writes(saved_student):
+    from transformers import pipeline
+    text = pipeline("text-generation", model=str(saved_student), trust_remote_code=True)("a prompt", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    model, tokenizer = load(saved_student), hd.byte_tokenizer()
+    assert text == tokenizer.decode(model.generate(**tokenizer("a prompt", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0])
+
+
+def test_a_loaded_student_is_saved_again_in_shards_and_in_bf16(saved_student, tmp_path):
+    model, x = load(saved_student), tokens(1, 9)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1 and (tmp_path / "shards" / "kernels.py").exists()
+    assert torch.equal(load(tmp_path / "shards")(x).logits, model(x).logits)
+    half = load(saved_student, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    again = load(tmp_path / "half", dtype="auto")
+    gates = {name: p for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))}
+    assert again.dtype == torch.bfloat16 and gates and all(torch.equal(p, again.get_parameter(name)) for name, p in gates.items())
+    assert torch.equal(again(x).logits, half(x).logits)
+
+
+def test_compiled_in_one_graph(saved_student):
+    model, x = load(saved_student), tokens(2, 20)
+    compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+    same(compiled(input_ids=x, use_cache=False).last_hidden_state, model.model(input_ids=x, use_cache=False).last_hidden_state)
+
+
+def test_gradient_checkpointing_changes_no_gradient(saved_student):
+    gradients = []
+    for recompute in (False, True):
+        model, x = load(saved_student).train(), tokens(2, 20)
+        if recompute:
+            hd.recompute_activations(model)
+        model(x, labels=x).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
+
+
+def test_trainer_takes_a_step(saved_student, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+    rows = [{"input_ids": list(range(5, 30)), "labels": list(range(5, 30)), "attention_mask": [0] * 3 + [1] * 22} for _ in range(2)]
+    model = load(saved_student)
+    before = model.model.layers[0].self_attn.A_log.clone()
+    how = TrainingArguments(output_dir=tmp_path, max_steps=1, gradient_checkpointing=True, report_to=[], use_cpu=True, learning_rate=1e-2)
+    assert math.isfinite(Trainer(model=model, args=how, train_dataset=rows).train().training_loss)
+    assert not torch.equal(before, model.model.layers[0].self_attn.A_log)
+
+
+def test_lora_on_the_mixers_projections(saved_student):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(load(saved_student), peft.LoraConfig(r=2, target_modules=["q_proj", "g_proj", "a_proj", "o_proj"], task_type="CAUSAL_LM"))
+    model(input_ids=tokens(1, 9), labels=tokens(1, 9)).loss.backward()
+    assert any("layers.0.self_attn.g_proj.lora_B" in name and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if p.grad is not None)
+
+
+def test_a_package_called_kernels_beside_ours(tmp_path):
+    """transformers imports names from PyPI's `kernels`, when it is installed; our file of that name must hand them over."""
+    package = tmp_path / "site" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from kernels.inner import Answer\n")
+    (package / "inner.py").write_text("class Answer: pass\n")
+    code = "import kernels; from kernels import Answer; import kernels.inner; assert kernels.inner.Answer is Answer; kernels.chunk_gated_delta_rule"
+    for folders, good in (([HERE, tmp_path / "site"], True), ([HERE], False)):
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONNOUSERSITE": "1"},
+                              cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode == 0) == good, done.stderr
