@@ -1,8 +1,44 @@
-"""The gated delta rule: recurrence (ground truth), chunked PyTorch."""
+"""The gated delta rule of Gated DeltaNet: recurrence, chunked PyTorch, Triton (forward, backward, decoding), one switch.
+
+    python kernels.py                    check every backend against the fp64 recurrence, then benchmark: table and PNG in benchmark/
+    HYBRID_DISTILL_BACKEND=torch ...     what backend="auto" means, for a whole process: torch or triton
+    TRITON_INTERPRET=1 ...               run the Triton kernels in Python, without a GPU (slow; for tests)
+
+Reading list
+    [1] Gated Delta Networks, arXiv 2412.06464        the recurrence and its chunkwise form
+    [2] DeltaNet over sequence length, arXiv 2406.06484   the chunkwise form without decay, (I + A)^-1
+    [3] flash-linear-attention, github.com/fla-org    the kernels this file is measured against; same keyword names
+
+Glossary: a tensor is [B, T, H, D] everywhere, a state [B, HV, Dk, Dv]
+    q, k          [B, T, H, Dk]      queries, keys; HV / H value heads share one head of them (head h uses h // (HV / H))
+    v, o          [B, T, HV, Dv]     values, outputs
+    g, alpha      [B, T, HV]         log-decay <= 0, alpha = exp(g)
+    beta          [B, T, HV]         write strength
+    S             [B, HV, Dk, Dv]    the state; S_0 and S_C at the start and the end of a chunk
+    C             64, 32 or 16       chunk length
+    gamma         [C]                cumulative decay in the chunk, exp(cumsum(g)); gamma_C is the last one
+    D             [C, C]             D_ij = gamma_i / gamma_j for i >= j, else 0
+    A, T          [C, C]             A = strictLower(beta_i D_ij k_i.k_j), T = (I + A)^-1
+    P             [C, C]             tril(Q K^T D)
+    U~            [C, Dv]            T beta (V - gamma K S_0): the corrected values that the chunk writes
+    X             [C, Dv]            T^T dU~: what their gradient becomes behind T^T
+
+Where it differs from [1] and [3], and why: W = T beta gamma K is never formed. U~ = U - W S_0 = T beta (V - gamma K S_0), so
+one triangular factor a chunk serves forward and backward, dA = -X U~^T, and less goes through memory.
+"""
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.util
+import importlib.machinery
+import functools
+import os
 import re
+import statistics
+import sys
+import time
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -12,80 +48,81 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit(do_not_specialize=["tokens", "stride"])   # T = 1 is no other program
-except ImportError:                                  # macOS, Windows: the PyTorch backend alone
-    triton, tl, jit = None, None, lambda f: f
+    jit = triton.jit(do_not_specialize=["tokens", "stride"])          # T = 1 is no other program than T = 2
+except ImportError:                                                   # no Triton here: the PyTorch backend alone
+    triton, tl, jit = None, None, lambda function: function
 
 
 # ------------------------------------------------------------------------------------------- the recurrence (ground truth)
 
 def recurrent_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
                                use_qk_l2norm_in_kernel=False):
-    """The gated delta rule, token by token: the definition every other function of this file is held against.
+    """The gated delta rule token by token: the definition every other function of this file is held against.
 
-        S~_t = exp(g_t) S_{t-1}                             decay first,
-        S_t  = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)     then correct the error of the prediction
-        o_t  = scale S_t^T q_t
+        S~_t = alpha_t S_{t-1}                              decay first,
+        S_t  = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)     then correct the error of the prediction (delta rule)
+        o_t  = scale S_t^T q_t                              scale = Dk^-1/2 unless given
+
+    Arguments: q, k [B, T, H, Dk]; v [B, T, HV, Dv]; g (log-decay <= 0), beta [B, T, HV]; initial_state [B, HV, Dk, Dv] or
+    None (zero); use_qk_l2norm_in_kernel divides q and k by their length first (eps 1e-6). Works in fp32, or in fp64 if q is.
+    Returns o [B, T, HV, Dv] in the dtype of v, and the final state [B, HV, Dk, Dv] (fp32 or fp64) or None.
+    Source: [1]; transformers' torch_recurrent_gated_delta_rule computes the same.
     """
     T, groups = q.shape[1], v.shape[2] // q.shape[2]
-    work = torch.promote_types(q.dtype, torch.float32)
+    dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out_dtype = v.dtype
     q, k, v, g, beta = (x.to(work) for x in (q, k, v, g, beta))
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
     q, k = (x.repeat_interleave(groups, 2) for x in (q * scale, k))                # [B, T, HV, Dk]
-    S = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :]) if initial_state is None else initial_state.to(work)
+    S = q.new_zeros(q.shape[0], *v.shape[2:3], q.shape[3], v.shape[3]) if initial_state is None else initial_state.to(work)
     outputs = []
     for t in range(T):
         S = S * g[:, t, :, None, None].exp()                                       # decay first
         error = v[:, t] - (k[:, t, :, None, :] @ S).squeeze(-2)                    # v_t - S~^T k_t
         S = S + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None, :]
         outputs.append((q[:, t, :, None, :] @ S).squeeze(-2))
-    return torch.stack(outputs, 1).to(out_dtype), S if output_final_state else None
-
-
-def decode_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-                            use_qk_l2norm_in_kernel=False):
-    """One token (or a few) from the cached state: the same recurrence."""
-    return recurrent_gated_delta_rule(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel)
+    return torch.stack(outputs, 1).to(dtype), S if output_final_state else None
 
 
 def l2norm(x, eps=1e-6):
+    """x / |x| over the last dimension."""
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
 
 
 # ------------------------------------------------------------------------------------------- chunked, in PyTorch
 
-def unit_lower_inverse(A):
-    """(I + A)^-1 for strictly lower triangular A [..., C, C], by forward substitution."""
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
-
-
 class ChunkedTorch(torch.autograd.Function):
-    """The chunkwise form with a hand-written backward. All inputs [N, BH, C, ...], chunks first."""
+    """The chunkwise form of one batch of rows, with its backward written out: q, k, v, g, beta [N, BH, C, ...], chunks first.
+
+    It walks chunk by chunk, so that what a chunk needs stays in the cache of a CPU. q carries the scale. Returns
+    o [N, BH, C, Dv] and the final state [BH, Dk, Dv]. The steps are those of the Triton kernels below.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, S0):
-        N, BH, C, Dk = k.shape
+        N, BH, C, _ = k.shape
+        # log gamma = cumsum(g) in fp64: its differences are exponents, and -1000.0 - (-1000.1) loses four digits in fp32
         log_gamma = g.double().cumsum(-1)
-        gamma = log_gamma.exp().to(k.dtype)[..., None]                               # [N, BH, C, 1]
-        rest = (log_gamma[..., -1:] - log_gamma).exp().to(k.dtype)[..., None]        # gamma_C / gamma_j
+        gamma = log_gamma.exp().to(k.dtype)[..., None]                              # [N, BH, C, 1]
+        rest = (log_gamma[..., -1:] - log_gamma).exp().to(k.dtype)[..., None]       # gamma_C / gamma
         b = beta[..., None]
         D, T = k.new_empty(N, BH, C, C), k.new_empty(N, BH, C, C)
         U, o, S = torch.empty_like(v), torch.empty_like(v), k.new_empty(N + 1, *S0.shape)
         S[0] = S0
+        eye = torch.eye(C, dtype=k.dtype, device=k.device).expand(BH, C, C)
         for n in range(N):
-            # 1. D_ij = gamma_i / gamma_j for i >= j.
+            # 1. D_ij = gamma_i / gamma_j for i >= j (above the diagonal exp may overflow; tril_ writes zeros over it)
             D[n].copy_(log_gamma[n, :, :, None] - log_gamma[n, :, None, :]).exp_().tril_()
-            # 2. A = strictLower(beta_i D_ij k_i.k_j),  T = (I + A)^-1
+            # 2. A_ij = beta_i D_ij k_i.k_j for i > j,  T = (I + A)^-1 by substitution (which ignores the diagonal of A)
             A = torch.bmm(k[n] * b[n], k[n].mT).mul_(D[n])
-            T[n] = unit_lower_inverse(A)
-            # 3. U~ = T beta (V - gamma K S_0),  O = gamma Q S_0 + tril(Q K^T D) U~,  S_C = gamma_C S_0 + (gamma_C/gamma K)^T U~
+            T[n] = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+            # 3. U~ = T beta (V - gamma K S_0)
             torch.bmm(T[n], torch.baddbmm(v[n], k[n] * gamma[n], S[n], alpha=-1).mul_(b[n]), out=U[n])
+            # 4. O = gamma Q S_0 + tril(Q K^T D) U~
             torch.bmm(q[n] * gamma[n], S[n], out=o[n])
             o[n].baddbmm_(torch.bmm(q[n], k[n].mT).mul_(D[n]), U[n])
+            # 5. S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
             torch.mul(S[n], gamma[n, :, -1:], out=S[n + 1]).baddbmm_((k[n] * rest[n]).mT, U[n])
         ctx.save_for_backward(q, k, v, beta, gamma, rest, D, T, U, S)
         return o, S[-1].clone()
@@ -93,60 +130,62 @@ class ChunkedTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dS):
         q, k, v, beta, gamma, rest, D, T, U, S = ctx.saved_tensors
-        N, BH, C, Dk = k.shape
         b = beta[..., None]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dbeta, dlog = torch.empty_like(beta), torch.empty_like(beta, dtype=torch.float64)
-        for n in reversed(range(N)):
-            kn, bn, Dn = k[n], b[n], D[n]
-            KK, QK = torch.bmm(kn, kn.mT).mul_(Dn).tril_(-1), torch.bmm(q[n], kn.mT).mul_(Dn)
-            R = torch.bmm(U[n], dS.mT).mul_(rest[n])
-            # 1. dU~ = P^T dO + (gamma_C/gamma K) dS_C,  X = T^T dU~
-            X = torch.bmm(T[n].mT, torch.bmm(QK.mT, do[n]).baddbmm_(kn * rest[n], dS))
-            Z, Y = torch.bmm(X, S[n].mT).mul_(gamma[n]), torch.bmm(do[n], S[n].mT).mul_(gamma[n])
-            # 2. dP = dO U~^T, dA = -X U~^T
-            dP, dA = torch.bmm(do[n], U[n].mT), torch.bmm(X, U[n].mT)
-            KK.mul_(dA)
-            E = QK.mul_(dP).sub_(KK * bn)
-            dP.mul_(Dn)
-            dA.mul_(Dn).tril_(-1).mul_(bn)
-            torch.baddbmm(Y, dP, kn, out=dq[n])
-            dkn = torch.sub(R, Z * bn, out=dk[n])
-            dkn.baddbmm_(dP.mT, q[n]).baddbmm_(dA, kn, alpha=-1).baddbmm_(dA.mT, kn, alpha=-1)
-            kz, kr = (kn * Z).sum(-1), (kn * R).sum(-1)
-            torch.sub((X * v[n]).sum(-1), KK.sum(-1), out=dbeta[n]).sub_(kz)
-            torch.mul(X, bn, out=dv[n])
-            dlog[n] = E.sum(-1, dtype=torch.float64) - E.sum(-2, dtype=torch.float64) + (q[n] * Y).sum(-1) - beta[n] * kz - kr
-            dlog[n, :, -1] += kr.sum(-1) + gamma[n, :, -1, 0] * (S[n] * dS).sum((-1, -2))
-            dS = (dS * gamma[n, :, -1:]).baddbmm_((q[n] * gamma[n]).mT, do[n]).baddbmm_((kn * gamma[n]).mT, dv[n], alpha=-1)
-        return dq, dk, dv, dlog.flip(-1).cumsum(-1).flip(-1).to(k.dtype), dbeta, dS
+        dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
+        dlog = torch.empty_like(beta, dtype=torch.float64)                          # gradient of log gamma
+        with torch.autocast(q.device.type, enabled=False):
+            for n in reversed(range(len(q))):
+                qn, kn, bn, Dn = q[n], k[n], b[n], D[n]
+                P, KK = torch.bmm(qn, kn.mT).mul_(Dn), torch.bmm(kn, kn.mT).mul_(Dn).tril_(-1)
+                # 1. dU~ = P^T dO + gamma_C / gamma K dS_C,  X = T^T dU~
+                X = torch.bmm(T[n].mT, torch.bmm(P.mT, do[n]).baddbmm_(kn * rest[n], dS))
+                # 2. Y = gamma dO S_0^T,  Z = gamma X S_0^T,  R = gamma_C / gamma U~ dS_C^T
+                Y, Z = torch.bmm(do[n], S[n].mT).mul_(gamma[n]), torch.bmm(X, S[n].mT).mul_(gamma[n])
+                R = torch.bmm(U[n], dS.mT).mul_(rest[n])
+                # 3. dP = dO U~^T,  dA = -X U~^T;  E = dP P,  F = dA K K^T D (both belong to log gamma)
+                dP, dA = torch.bmm(do[n], U[n].mT), torch.bmm(X, U[n].mT).neg_()
+                E, Fn = P.mul_(dP), KK.mul_(dA)
+                dP.mul_(Dn)
+                dA.mul_(Dn).tril_(-1).mul_(bn)
+                # 4. dQ = Y + dP K,  dK = R - beta Z + dP^T Q + (beta dA) K + (beta dA)^T K,  dV = beta X
+                torch.baddbmm(Y, dP, kn, out=dq[n])
+                torch.sub(R, Z * bn, out=dk[n]).baddbmm_(dP.mT, qn).baddbmm_(dA, kn).baddbmm_(dA.mT, kn)
+                torch.mul(X, bn, out=dv[n])
+                # 5. dbeta = rows(F) + X.V - K.Z
+                kz, kr = (kn * Z).sum(-1), (kn * R).sum(-1)
+                torch.add((X * v[n]).sum(-1), Fn.sum(-1), out=dbeta[n]).sub_(kz)
+                # 6. dlog gamma = rows(E + beta F) - cols(E + beta F) + Q.Y - beta K.Z - K.R, its last one + sum(K.R) + gamma_C S_0.dS_C
+                E.add_(Fn.mul_(bn))
+                dlog[n] = E.sum(-1, dtype=torch.float64) - E.sum(-2, dtype=torch.float64) + (qn * Y).sum(-1) - beta[n] * kz - kr
+                dlog[n, :, -1] += kr.sum(-1) + gamma[n, :, -1, 0] * (S[n] * dS).sum((-1, -2))
+                # 7. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
+                dS = (dS * gamma[n, :, -1:]).baddbmm_((qn * gamma[n]).mT, do[n]).baddbmm_((kn * gamma[n]).mT, dv[n], alpha=-1)
+        return dq, dk, dv, dlog.flip(-1).cumsum(-1).flip(-1).to(k.dtype), dbeta, dS    # dg_t = sum over i >= t of dlog gamma_i
 
 
-def chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel, ):
+def chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel):
+    """chunk_gated_delta_rule in PyTorch: any device, fp32 (fp64 stays fp64). Returns o and the final state."""
     B, T, H, Dk = q.shape
     HV, Dv = v.shape[2:]
     work = torch.promote_types(q.dtype, torch.float32)
-    C = min(64 if max(Dk, Dv) > 32 else 32, T)
+    C = min(64 if max(Dk, Dv) > 32 else 32, T)                                     # measured: small heads like small chunks
     N = -(-T // C)
-    q, k, v, g, beta = (x.to(work) for x in (q, k, v, g, beta))
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
 
-    def chunks(x):                                                  # [B, T, H, ...] -> [N, B HV, C, ...]
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, N * C - T)) if N * C != T else x
-        x = x.unflatten(1, (N, C)).transpose(2, 3).transpose(0, 1)   # [N, B, H, C, ...]
-        if x.shape[2] != HV:
-            x = x.repeat_interleave(HV // x.shape[2], 2)
-        return x.flatten(1, 2).contiguous()
+    def chunks(x):                                                                 # [B, T, H or HV, ...] -> [N, B HV, C, ...]
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, N * C - T))                       # k = v = beta = g = 0 changes nothing
+        x = x.unflatten(1, (N, C)).transpose(2, 3).transpose(0, 1)
+        return x.repeat_interleave(HV // x.shape[2], 2).flatten(1, 2).contiguous()
 
-    S0 = k.new_zeros(B * HV, Dk, Dv) if initial_state is None else initial_state.to(work).flatten(0, 1)
     with torch.autocast(q.device.type, enabled=False):
+        q, k, v, g, beta = (x.to(work) for x in (q, k, v, g, beta))
+        if use_qk_l2norm_in_kernel:
+            q, k = l2norm(q), l2norm(k)
+        S0 = k.new_zeros(B * HV, Dk, Dv) if initial_state is None else initial_state.to(work).flatten(0, 1)
         o, S = ChunkedTorch.apply(*map(chunks, (q * scale, k, v, g, beta)), S0)
-    o = o.unflatten(1, (B, HV)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
-    return o, S.unflatten(0, (B, HV))
+        return o.unflatten(1, (B, HV)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T], S.unflatten(0, (B, HV))
 
 
-# ----------------------------------------------------------------------------------------- tiles in and out (Triton)
+# ------------------------------------------------------------------------------------------- tiles in and out (Triton)
 
 @jit
 def sequence(cu_seqlens, first_chunk, s, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
@@ -161,224 +200,88 @@ def sequence(cu_seqlens, first_chunk, s, tokens, C: tl.constexpr, VARLEN: tl.con
 
 @jit
 def load_rows(x, token, left, head, HEADS: tl.constexpr, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr):
-    """Tile [C, BD] of x [tokens, HEADS, D] from row `token` and column d0 on; zero behind the last `left` rows and column D."""
-    x += (token * HEADS + head) * D                                      # 64-bit once; 32-bit inside the tile
+    """Tile [C, BD] of x [tokens, HEADS, D] from row `token` and column d0 on; zero behind `left` rows and D columns."""
     r, d = tl.arange(0, C), d0 + tl.arange(0, BD)
+    x += (token * HEADS + head) * D                                      # 64-bit once; 32-bit inside the tile
     return tl.load(x + r[:, None] * (HEADS * D) + d[None, :], mask=(r < left)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @jit
 def store_rows(x, value, token, left, head, HEADS: tl.constexpr, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr):
     """The inverse of load_rows, in the dtype of x."""
-    x += (token * HEADS + head) * D
     r, d = tl.arange(0, C), d0 + tl.arange(0, BD)
+    x += (token * HEADS + head) * D
     tl.store(x + r[:, None] * (HEADS * D) + d[None, :], value.to(x.dtype.element_ty),
              mask=(r < left)[:, None] & (d < D)[None, :])
 
 
 @jit
-def load_state(x, row, d0, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Tile [BK, BV] of matrix `row` of x [rows, DK, DV], zero outside."""
-    d, v = d0 + tl.arange(0, BK), v0 + tl.arange(0, BV)
-    return tl.load(x + row * DK * DV + (d[:, None] * DV + v[None, :]), mask=(d < DK)[:, None] & (v < DV)[None, :], other=0.0)
+def load_gate(x, token, left, head, HEADS: tl.constexpr, C: tl.constexpr):
+    """Rows [C] of x [tokens, HEADS], zero behind the end."""
+    r = tl.arange(0, C)
+    return tl.load(x + (token * HEADS + head) + r * HEADS, mask=r < left, other=0.0)
 
 
 @jit
-def store_state(x, value, row, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """The inverse of load_state for d0 = 0, in the dtype of x."""
+def store_gate(x, value, token, left, head, HEADS: tl.constexpr, C: tl.constexpr):
+    """The inverse of load_gate."""
+    r = tl.arange(0, C)
+    tl.store(x + (token * HEADS + head) + r * HEADS, value, mask=r < left)
+
+
+@jit
+def load_matrix(x, n, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Tile [BK, BV] of matrix n of x [..., DK, DV] from column v0 on, zero outside."""
     d, v = tl.arange(0, BK), v0 + tl.arange(0, BV)
-    tl.store(x + row * DK * DV + (d[:, None] * DV + v[None, :]), value.to(x.dtype.element_ty),
+    return tl.load(x + n * DK * DV + (d[:, None] * DV + v[None, :]), mask=(d < DK)[:, None] & (v < DV)[None, :], other=0.0)
+
+
+@jit
+def store_matrix(x, value, n, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """The inverse of load_matrix, in the dtype of x."""
+    d, v = tl.arange(0, BK), v0 + tl.arange(0, BV)
+    tl.store(x + n * DK * DV + (d[:, None] * DV + v[None, :]), value.to(x.dtype.element_ty),
              mask=(d < DK)[:, None] & (v < DV)[None, :])
 
 
 @jit
-def gates(g, beta, token, left, head, HEADS: tl.constexpr, C: tl.constexpr):
-    """-> log gamma as a sum of two floats (hi + lo), gamma, gamma_C / gamma, gamma_C, beta. Behind the end g = beta = 0.
+def decay(g, C: tl.constexpr):
+    """log-decays [C] -> D [C, C], gamma [C], gamma_C / gamma [C], gamma_C.
 
-    log gamma = cumsum(g) is summed in fp64 (64 numbers) and kept as hi + lo: its differences are exponents, and
-    -1000.0 - (-1000.1) would lose four digits in fp32.
+    log gamma = cumsum(g) is summed in fp64 (C numbers) and split into hi + lo: its differences are exponents, and
+    -1000.0 - (-1000.1) loses four digits in fp32. D is masked before exp (above the diagonal it overflows) and after.
     """
-    r = tl.arange(0, C)
-    at, inside = token * HEADS + head + r * HEADS, r < left
-    g = tl.load(g + at, mask=inside, other=0.0).to(tl.float64)
+    g = g.to(tl.float64)
     total, log_gamma = tl.sum(g, 0), tl.cumsum(g, 0)
     hi = log_gamma.to(tl.float32)
     lo = (log_gamma - hi.to(tl.float64)).to(tl.float32)
-    rest = tl.exp((total - log_gamma).to(tl.float32))
-    return hi, lo, tl.exp(hi), rest, tl.exp(total.to(tl.float32)), tl.load(beta + at, mask=inside, other=0.0)
+    r = tl.arange(0, C)
+    lower = r[:, None] >= r[None, :]
+    log_D = (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :])
+    D = tl.where(lower, tl.exp(tl.where(lower, log_D, 0.0)), 0.0)
+    return D, tl.exp(hi), tl.exp((total - log_gamma).to(tl.float32)), tl.exp(total.to(tl.float32))
 
 
 @jit
-def decay(hi, lo, C: tl.constexpr):
-    """D_ij = gamma_i / gamma_j for i >= j, else 0. Masked before exp (above the diagonal it overflows) and after."""
-    i = tl.arange(0, C)
-    lower = i[:, None] >= i[None, :]
-    log = (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :])
-    return tl.where(lower, tl.exp(tl.where(lower, log, 0.0)), 0.0)
-
-
-@jit
-def squares(x):
-    """|x_i|^2 of each row."""
+def inverse_length(x, NORM: tl.constexpr):
+    """1 / |x_i| of each row, or 1. The L2-norm is a factor of a row: it is applied behind a product, not to the tile."""
     x = x.to(tl.float32)
-    return tl.sum(x * x, 1)
+    return tl.rsqrt(tl.sum(x * x, 1) + 1e-6) if NORM else tl.full([x.shape[0]], 1.0, tl.float32)
 
 
-@jit
-def inverse_length(xx, NORM: tl.constexpr):
-    """1 / |x_i|, or 1. The L2-norm is a factor of a row: it is applied behind a product, to the row's other factors."""
-    return tl.rsqrt(xx + 1e-6) if NORM else tl.full([xx.shape[0]], 1.0, tl.float32)
-
-
-# ----------------------------------------------------------------------------------------- the kernels (Triton)
+# ------------------------------------------------------------------------------------------- the kernels (Triton)
 
 @jit
-def inverse_kernel(k, g, beta, T, cu_seqlens, first_chunk, chunk_seq, tokens,
+def prepare_kernel(q, k, g, beta, T, P, fq, fk, fr, gamma_C, cu_seqlens, first_chunk, chunk_seq, tokens, scale,
                    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
                    VARLEN: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
-    """T = (I + A)^-1 with A = strictLower(beta_i D_ij k_i.k_j), for every chunk.
+    """What a chunk knows without the state.
 
-    Grid (chunks, HV). Registers: A and T [C, C] fp32. Shared memory: k [C, BK] and the operands of the merges.
-    Reads k, g, beta; writes T [chunks, HV, C, C] in the dtype of k.
-    """
-    c, h = tl.program_id(0), tl.program_id(1)
-    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
-    if s < 0:
-        return
-    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    token, left = start + (c - first) * C, length - (c - first) * C
-    # 1. A
-    bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
-    rk = inverse_length(squares(bk), NORM)
-    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
-    A = tl.dot(bk, tl.trans(bk), input_precision="ieee") * decay(hi, lo, C) * (b * rk)[:, None] * rk[None, :]
-    r = tl.arange(0, C)
-    row, col = r[:, None], r[None, :]
-    A = tl.where(row > col, A, 0.0)
-    # 2. the 16 x 16 blocks on the diagonal, all at once, by forward substitution: T_i = e_i - sum_j A_ij T_j
-    blocks: tl.constexpr = C // 16
-    n, i16 = tl.arange(0, blocks), tl.arange(0, 16)
-    diagonal = (n[:, None] == n[None, :])[:, None, :, None]
-    A16 = tl.sum(tl.where(diagonal, tl.reshape(A, (blocks, 16, blocks, 16)), 0.0), 2)          # [blocks, 16, 16]
-    row16 = i16[None, :, None]
-    T16 = tl.where((row16 == i16[None, None, :]) & (n[:, None, None] >= 0), 1.0, 0.0)
-    for i in range(1, 16):
-        A_i = tl.sum(tl.where(row16 == i, A16, 0.0), 1)
-        T16 -= tl.where(row16 == i, tl.sum(A_i[:, :, None] * T16, 1)[:, None, :], 0.0)
-    bT = tl.reshape(tl.where(diagonal, T16[:, :, None, :], 0.0), (C, C))
-    # 3. merge neighbours, 16 -> 32 -> 64: [[T1, 0], [-T2 A21 T1, T2]]. Exact: no power of A is ever formed
-    for level in tl.static_range(0, C.bit_length() - 5):
-        size = 16 << level
-        A21 = tl.where((row // (2 * size) == col // (2 * size)) & (row // size > col // size), A, 0.0)
-        bT -= tl.dot(bT, tl.dot(A21, bT, input_precision=PREC), input_precision=PREC)
-    tl.store(T + (c.to(tl.int64) * HV + h) * C * C + (row * C + col), bT.to(T.dtype.element_ty))
+        A = strictLower(beta_i D_ij k_i.k_j)    T = (I + A)^-1    P = scale tril(Q K^T D)
+        fq = scale gamma / |q|    fk = gamma / |k|    fr = (gamma_C / gamma) / |k|      (lengths: only with the norm)
 
-
-@jit
-def forward_kernel(q, k, v, g, beta, T, S0, o, U, states, S_out, cu_seqlens, first_chunk, tokens, scale,
-                   H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
-                   BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr,
-                   NORM: tl.constexpr, SAVE: tl.constexpr):
-    """The walk over the chunks of one sequence; nothing but the state is carried.
-
-        U~  = T beta (V - gamma K S_0)
-        O   = gamma Q S_0 + tril(Q K^T D) U~
-        S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
-
-    Grid (Dv / BV, sequences * HV): columns of S never meet. Registers: S [BK, BV] fp32, U~ and O [C, BV], Q K^T [C, C].
-    Shared memory: tiles of q, k, v, T on their way in. Reads q, k, v, T, g, beta, S0.
-    Writes o and the final state; or, for the backward pass (SAVE), U~ and the state at the start of each chunk.
-    """
-    v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
-    dt = k.dtype.element_ty
-    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    row = s.to(tl.int64) * HV + h
-    S = load_state(S0, row, 0, v0, DK, DV, BK, BV) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
-    for n in range(tl.cdiv(length, C)):
-        token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
-        bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
-        bv = load_rows(v, token, left, h, HV, DV, v0, C, BV)
-        bT = load_state(T, chunk, 0, 0, C, C, C, C)
-        rk = inverse_length(squares(bk), NORM)
-        hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
-        # 1. U~ = T beta (V - gamma K S_0)
-        Sd = S.to(dt)
-        VS = b[:, None] * (bv - (gamma * rk)[:, None] * tl.dot(bk, Sd, input_precision="ieee"))
-        bU = tl.dot(bT, VS.to(dt), input_precision="ieee")
-        if SAVE:
-            store_rows(U, bU, token, left, h, HV, DV, v0, C, BV)
-            store_state(states, S, chunk, v0, DK, DV, BK, BV)
-        else:
-            # 2. O = gamma Q S_0 + tril(Q K^T D) U~
-            bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
-            rq = inverse_length(squares(bq), NORM) * scale
-            P = tl.dot(bq, tl.trans(bk), input_precision="ieee") * decay(hi, lo, C) * rq[:, None] * rk[None, :]
-            bo = (gamma * rq)[:, None] * tl.dot(bq, Sd, input_precision="ieee")
-            bo += tl.dot(P.to(dt), bU.to(dt), input_precision="ieee")
-            store_rows(o, bo, token, left, h, HV, DV, v0, C, BV)
-        # 3. S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
-        S = gamma_C * S + tl.dot(tl.trans(bk), ((rest * rk)[:, None] * bU).to(dt), input_precision="ieee")
-    if not SAVE:
-        store_state(S_out, S, row, v0, DK, DV, BK, BV)
-
-
-@jit
-def backward_state_kernel(q, k, g, beta, T, do, dS_out, X, dstates, dS0, cu_seqlens, first_chunk, tokens, scale,
-                          H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
-                          BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr,
-                          NORM: tl.constexpr):
-    """The walk back over the chunks.
-
-        dU~  = tril(Q K^T D)^T dO + gamma_C / gamma K dS_C
-        X    = T^T dU~                                              (so dV = beta X and dA = -X U~^T)
-        dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
-
-    Grid (Dv / BV, sequences * HV). Registers: dS [BK, BV] fp32, dU~ and X [C, BV], K Q^T [C, C].
-    Shared memory: tiles of q, k, dO, T on their way in. Reads q, k, dO, T, g, beta and the final state's gradient.
-    Writes X, the gradient of the state at the end of each chunk, and the gradient of the initial state.
-    """
-    v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
-    dt = k.dtype.element_ty
-    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    row, chunks = s.to(tl.int64) * HV + h, tl.cdiv(length, C)
-    dS = load_state(dS_out, row, 0, v0, DK, DV, BK, BV)
-    for m in range(chunks):
-        n = chunks - 1 - m
-        token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
-        bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
-        bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
-        bdo = load_rows(do, token, left, h, HV, DV, v0, C, BV)
-        bT = load_state(T, chunk, 0, 0, C, C, C, C)
-        rk, rq = inverse_length(squares(bk), NORM), inverse_length(squares(bq), NORM) * scale
-        hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
-        store_state(dstates, dS, chunk, v0, DK, DV, BK, BV)
-        # 1. dU~ = tril(Q K^T D)^T dO + gamma_C / gamma K dS_C
-        PT = tl.dot(bk, tl.trans(bq), input_precision="ieee") * tl.trans(decay(hi, lo, C)) * rk[:, None] * rq[None, :]
-        dU = (rest * rk)[:, None] * tl.dot(bk, dS.to(dt), input_precision="ieee")
-        dU += tl.dot(PT.to(dt), bdo, input_precision="ieee")
-        # 2. X = T^T dU~
-        bX = tl.dot(tl.trans(bT), dU.to(dt), input_precision="ieee")
-        store_rows(X, bX, token, left, h, HV, DV, v0, C, BV)
-        # 3. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
-        dS = gamma_C * dS + tl.dot(tl.trans(bq), ((gamma * rq)[:, None] * bdo).to(dt), input_precision="ieee")
-        dS -= tl.dot(tl.trans(bk), ((b * gamma * rk)[:, None] * bX).to(dt), input_precision="ieee")
-    if HAS_S0:
-        store_state(dS0, dS, row, v0, DK, DV, BK, BV)
-
-
-@jit
-def backward_scores_kernel(q, k, v, g, beta, do, U, X, dPn, dAn, dv, sums, cu_seqlens, first_chunk, chunk_seq, tokens, stride, scale,
-                           H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
-                           BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
-    """The gradients of the two [C, C] matrices of a chunk, and their row and column sums.
-
-        dP = dO U~^T D            E = dP (Q K^T)        sums: rows(E);  cols(E) + rows(beta F) + cols(beta F);
-        dA = -X U~^T D (i > j)    F = dA (K K^T)              rows(E) - cols(E) + rows(beta F) - cols(beta F);  rows(F) + X.V
-        dV = beta X
-
-    Grid (chunks, HV). Registers: dP, dA, Q K^T, K K^T [C, C] fp32. Shared memory: q, k [C, BK] and dO, U~, X [C, BV].
-    Reads q, k, v, dO, U~, X, g, beta; writes dv, dP and beta dA [chunks, HV, C, C] (both divided by the lengths that
-    use_qk_l2norm_in_kernel divides by) and the sums [4, tokens, HV].
+    Grid (chunks, HV). Registers: A, T, P [C, C] fp32. Shared memory: q, k [C, BK] and the operands of the merges.
+    Reads q, k, g, beta; writes T, P [chunks, HV, C, C] in the dtype of k, fq, fk, fr [tokens, HV], gamma_C [chunks, HV].
     """
     c, h = tl.program_id(0), tl.program_id(1)
     s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
@@ -386,41 +289,184 @@ def backward_scores_kernel(q, k, v, g, beta, do, U, X, dPn, dAn, dv, sums, cu_se
         return
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
     token, left, chunk = start + (c - first) * C, length - (c - first) * C, c.to(tl.int64) * HV + h
-    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
+    # 1. the decay and the norms, as factors of rows
+    bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
+    bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+    rq, rk = inverse_length(bq, NORM) * scale, inverse_length(bk, NORM)
+    D, gamma, rest, last = decay(load_gate(g, token, left, h, HV, C), C)
+    store_gate(fq, gamma * rq, token, left, h, HV, C)
+    store_gate(fk, gamma * rk, token, left, h, HV, C)
+    store_gate(fr, rest * rk, token, left, h, HV, C)
+    tl.store(gamma_C + chunk, last)
+    # 2. P and A
+    D *= rk[None, :]
+    bP = tl.dot(bq, tl.trans(bk), input_precision="ieee") * D * rq[:, None]
+    store_matrix(P, bP, chunk, 0, C, C, C, C)
+    r = tl.arange(0, C)
+    row, col = r[:, None], r[None, :]
+    b = load_gate(beta, token, left, h, HV, C)
+    A = tl.where(row > col, tl.dot(bk, tl.trans(bk), input_precision="ieee") * D * (b * rk)[:, None], 0.0)
+    # 3. T: the 8 x 8 blocks on the diagonal, all at once, by forward substitution: T_i = e_i - sum_j A_ij T_j
+    blocks: tl.constexpr = C // 8
+    n, i8 = tl.arange(0, blocks), tl.arange(0, 8)
+    diagonal = (n[:, None] == n[None, :])[:, None, :, None]
+    A8 = tl.sum(tl.where(diagonal, tl.reshape(A, (blocks, 8, blocks, 8)), 0.0), 2)              # [blocks, 8, 8]
+    row8 = i8[None, :, None]
+    T8 = tl.where((row8 == i8[None, None, :]) & (n[:, None, None] >= 0), 1.0, 0.0)
+    for i in range(1, 8):
+        A_i = tl.sum(tl.where(row8 == i, A8, 0.0), 1)
+        T8 -= tl.where(row8 == i, tl.sum(A_i[:, :, None] * T8, 1)[:, None, :], 0.0)
+    bT = tl.reshape(tl.where(diagonal, T8[:, :, None, :], 0.0), (C, C))
+    # 4. merge neighbours, 8 -> 16 -> 32 -> 64: [[T1, 0], [-T2 A21 T1, T2]]. Exact: no power of A is ever formed
+    for level in tl.static_range(0, C.bit_length() - 4):
+        size = 8 << level
+        A21 = tl.where((row // (2 * size) == col // (2 * size)) & (row // size > col // size), A, 0.0)
+        bT -= tl.dot(bT, tl.dot(A21, bT, input_precision=PREC), input_precision=PREC)
+    store_matrix(T, bT, chunk, 0, C, C, C, C)
+
+
+@jit
+def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S_out, cu_seqlens, first_chunk, tokens,
+                   H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+                   BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr, SAVE: tl.constexpr):
+    """The walk over the chunks of one sequence; nothing but the state is carried.
+
+        U~  = T beta (V - gamma K S_0)
+        O   = gamma Q S_0 + P U~
+        S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
+
+    Grid (Dv / BV, sequences * HV): columns of S never meet. Registers: S [BK, BV] fp32, U~ and O [C, BV] fp32.
+    Shared memory: tiles of q, k [C, BK], v [C, BV], T, P [C, C] on their way in. Reads those, the factors, beta, S0.
+    Writes o and the final state; or, for the backward pass (SAVE), U~ and the state at the start of each chunk.
+    """
+    v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    dt = k.dtype.element_ty
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    row = s.to(tl.int64) * HV + h
+    S = load_matrix(S0, row, v0, DK, DV, BK, BV) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
+    for n in range(tl.cdiv(length, C)):
+        token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
+        bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+        bv = load_rows(v, token, left, h, HV, DV, v0, C, BV)
+        bT = load_matrix(T, chunk, 0, C, C, C, C)
+        b, k_in = load_gate(beta, token, left, h, HV, C), load_gate(fk, token, left, h, HV, C)
+        # 1. U~ = T beta (V - gamma K S_0)
+        Sd = S.to(dt)
+        error = b[:, None] * (bv - k_in[:, None] * tl.dot(bk, Sd, input_precision="ieee"))
+        bU = tl.dot(bT, error.to(dt), input_precision="ieee")
+        if SAVE:
+            store_rows(U, bU, token, left, h, HV, DV, v0, C, BV)
+            store_matrix(states, S, chunk, v0, DK, DV, BK, BV)
+        else:
+            # 2. O = gamma Q S_0 + P U~
+            bq, bP = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK), load_matrix(P, chunk, 0, C, C, C, C)
+            bo = load_gate(fq, token, left, h, HV, C)[:, None] * tl.dot(bq, Sd, input_precision="ieee")
+            bo += tl.dot(bP, bU.to(dt), input_precision="ieee")
+            store_rows(o, bo, token, left, h, HV, DV, v0, C, BV)
+        # 3. S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
+        bU *= load_gate(fr, token, left, h, HV, C)[:, None]
+        S = tl.load(gamma_C + chunk) * S + tl.dot(tl.trans(bk), bU.to(dt), input_precision="ieee")
+    if not SAVE:
+        store_matrix(S_out, S, row, v0, DK, DV, BK, BV)
+
+
+@jit
+def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, dstates, dS0, cu_seqlens, first_chunk, tokens,
+                          H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+                          BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr):
+    """The walk back over the chunks.
+
+        dU~  = P^T dO + gamma_C / gamma K dS_C
+        X    = T^T dU~                                              (so dV = beta X and dA = -X U~^T)
+        dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
+
+    Grid (Dv / BV, sequences * HV). Registers: dS [BK, BV] fp32, dU~ and X [C, BV] fp32.
+    Shared memory: tiles of q, k [C, BK], dO [C, BV], T, P [C, C] on their way in. Reads those, the factors, beta and the
+    final state's gradient; writes X, the gradient of the state at the end of each chunk, and that of the initial state.
+    """
+    v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    dt = k.dtype.element_ty
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    row, chunks = s.to(tl.int64) * HV + h, tl.cdiv(length, C)
+    dS = load_matrix(dS_out, row, v0, DK, DV, BK, BV)
+    for m in range(chunks):
+        n = chunks - 1 - m
+        token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
+        bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+        bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
+        bdo = load_rows(do, token, left, h, HV, DV, v0, C, BV)
+        bT, bP = load_matrix(T, chunk, 0, C, C, C, C), load_matrix(P, chunk, 0, C, C, C, C)
+        store_matrix(dstates, dS, chunk, v0, DK, DV, BK, BV)
+        # 1. dU~ = P^T dO + gamma_C / gamma K dS_C
+        dU = load_gate(fr, token, left, h, HV, C)[:, None] * tl.dot(bk, dS.to(dt), input_precision="ieee")
+        dU += tl.dot(tl.trans(bP), bdo, input_precision="ieee")
+        # 2. X = T^T dU~
+        bX = tl.dot(tl.trans(bT), dU.to(dt), input_precision="ieee")
+        store_rows(X, bX, token, left, h, HV, DV, v0, C, BV)
+        # 3. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
+        bdo = (load_gate(fq, token, left, h, HV, C)[:, None] * bdo).to(dt)
+        bX *= (load_gate(beta, token, left, h, HV, C) * load_gate(fk, token, left, h, HV, C))[:, None]
+        dS = tl.load(gamma_C + chunk) * dS + tl.dot(tl.trans(bq), bdo, input_precision="ieee")
+        dS -= tl.dot(tl.trans(bk), bX.to(dt), input_precision="ieee")
+    if HAS_S0:
+        store_matrix(dS0, dS, row, v0, DK, DV, BK, BV)
+
+
+@jit
+def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seqlens, first_chunk, chunk_seq,
+                           tokens, stride, scale,
+                           H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+                           BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
+    """The gradients of the two [C, C] matrices of a chunk, and their row and column sums.
+
+        dP = dO U~^T D           E = dP (Q K^T)     sums[0] = rows(E),  sums[1] = cols(E) + rows(beta F) + cols(beta F)
+        dA = -X U~^T D, i > j    F = dA (K K^T)     sums[2] = rows(E) - cols(E) + rows(beta F) - cols(beta F)
+        dV = beta X                                 sums[3] = rows(F) + X.V
+
+    Grid (chunks, HV). Registers: dP, dA, Q K^T, K K^T [C, C] fp32. Shared memory: q, k [C, BK] and dO, U~, X [C, BV].
+    Reads q, k, v, dO, U~, X, g, beta; writes dv, dP and beta dA [chunks, HV, C, C] (divided by the lengths of the norm,
+    so that they multiply q and k as they stand in memory) and the sums [4, tokens, HV].
+    """
+    c, h = tl.program_id(0), tl.program_id(1)
+    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
+    if s < 0:
+        return
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    token, left, chunk = start + (c - first) * C, length - (c - first) * C, c.to(tl.int64) * HV + h
+    b = load_gate(beta, token, left, h, HV, C)
     # 1. dO U~^T, X U~^T, X.V, dV
-    dP, dA, xv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    bP, bA, xv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for v0 in range(0, DV, BV):
         bdo, bU = load_rows(do, token, left, h, HV, DV, v0, C, BV), load_rows(U, token, left, h, HV, DV, v0, C, BV)
         bX, bv = load_rows(X, token, left, h, HV, DV, v0, C, BV), load_rows(v, token, left, h, HV, DV, v0, C, BV)
-        dP += tl.dot(bdo, tl.trans(bU), input_precision="ieee")
-        dA -= tl.dot(bX, tl.trans(bU), input_precision="ieee")
+        bP += tl.dot(bdo, tl.trans(bU), input_precision="ieee")
+        bA -= tl.dot(bX, tl.trans(bU), input_precision="ieee")
         xv += tl.sum(bX.to(tl.float32) * bv.to(tl.float32), 1)
         store_rows(dv, b[:, None] * bX, token, left, h, HV, DV, v0, C, BV)
     # 2. dP, dA
     bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
     bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
-    rq, rk = inverse_length(squares(bq), NORM), inverse_length(squares(bk), NORM)
+    rq, rk = inverse_length(bq, NORM) * scale, inverse_length(bk, NORM)
+    D, gamma, rest, last = decay(load_gate(g, token, left, h, HV, C), C)
+    D *= rk[None, :]
     r = tl.arange(0, C)
-    D = decay(hi, lo, C) * rk[None, :]
-    dP *= D * (rq * scale)[:, None]
-    dA = tl.where(r[:, None] > r[None, :], dA * D * rk[:, None], 0.0)
-    store_state(dPn, dP, chunk, 0, C, C, C, C)
-    store_state(dAn, dA * b[:, None], chunk, 0, C, C, C, C)
-    # 3. E, F
-    E = dP * tl.dot(bq, tl.trans(bk), input_precision="ieee")
-    F = dA * tl.dot(bk, tl.trans(bk), input_precision="ieee")
+    bP *= D * rq[:, None]
+    bA = tl.where(r[:, None] > r[None, :], bA * D * rk[:, None], 0.0)
+    store_matrix(dP, bP, chunk, 0, C, C, C, C)
+    store_matrix(dA, bA * b[:, None], chunk, 0, C, C, C, C)
+    # 3. E, F and their sums
+    E = bP * tl.dot(bq, tl.trans(bk), input_precision="ieee")
+    F = bA * tl.dot(bk, tl.trans(bk), input_precision="ieee")
     E_row, E_col, F_row, F_col = tl.sum(E, 1), tl.sum(E, 0), tl.sum(F, 1), tl.sum(F * b[:, None], 0)
-    at, inside = (token * HV + h) + r * HV, r < left
-    sums += at
-    tl.store(sums, E_row, mask=inside)
-    tl.store(sums + stride, E_col + b * F_row + F_col, mask=inside)
-    tl.store(sums + 2 * stride, E_row - E_col + b * F_row - F_col, mask=inside)
-    tl.store(sums + 3 * stride, F_row + xv, mask=inside)
+    store_gate(sums, E_row, token, left, h, HV, C)
+    store_gate(sums + stride, E_col + b * F_row + F_col, token, left, h, HV, C)
+    store_gate(sums + 2 * stride, E_row - E_col + b * F_row - F_col, token, left, h, HV, C)
+    store_gate(sums + 3 * stride, F_row + xv, token, left, h, HV, C)
 
 
 @jit
-def backward_chunk_kernel(q, k, g, beta, do, U, X, states, dstates, dPn, dAn, sums, dq, dk, dg, dbeta,
-                          cu_seqlens, first_chunk, chunk_seq, tokens, stride, scale,
+def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dstates, dP, dA, sums, dq, dk, dg, dbeta,
+                          cu_seqlens, first_chunk, chunk_seq, tokens, stride,
                           H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
                           BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
     """The gradients of q, k, g and beta of one chunk.
@@ -431,9 +477,9 @@ def backward_chunk_kernel(q, k, g, beta, do, U, X, states, dstates, dPn, dAn, su
         dlog gamma = rows(E) - cols(E) + rows(beta F) - cols(beta F) + Q.Y - beta K.Z - K.R
         dg_t       = sum over i >= t of dlog gamma_i, + sum(K.R) + gamma_C S_0.dS_C
 
-    With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, and x^.dx^ is one of the sums.
-    Grid (chunks, HV). Registers: dq, then dk with one of Z and R [C, BK] fp32. Shared memory: q, k [C, BK], dP, dA [C, C],
-    tiles [BK, BV] of the states and [C, BV] of dO, U~, X. Reads all of those, g, beta, sums; writes dq, dk, dg, dbeta.
+    With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, and x^.dx^ is a sum of the sums.
+    Grid (chunks, HV). Registers: dq, then dk with one of Z and R, [C, BK] fp32. Shared memory: q, k [C, BK], dP, dA [C, C],
+    tiles [BK, BV] of the states and [C, BV] of dO, U~, X. Reads all those, the factors, beta, sums; writes dq, dk, dg, dbeta.
     """
     c, h = tl.program_id(0), tl.program_id(1)
     s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
@@ -441,223 +487,564 @@ def backward_chunk_kernel(q, k, g, beta, do, U, X, states, dstates, dPn, dAn, su
         return
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
     token, left, chunk = start + (c - first) * C, length - (c - first) * C, c.to(tl.int64) * HV + h
-    hi, lo, gamma, rest, gamma_C, b = gates(g, beta, token, left, h, HV, C)
     bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
     bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
-    rq, rk = inverse_length(squares(bq), NORM), inverse_length(squares(bk), NORM)
-    r = tl.arange(0, C)
-    at, inside = (token * HV + h) + r * HV, r < left
-    bP = load_state(dPn, chunk, 0, 0, C, C, C, C)
+    b, bP = load_gate(beta, token, left, h, HV, C), load_matrix(dP, chunk, 0, C, C, C, C)
     # 1. dQ
     Y = tl.zeros([C, BK], tl.float32)
     for v0 in range(0, DV, BV):
-        bdo, S = load_rows(do, token, left, h, HV, DV, v0, C, BV), load_state(states, chunk, 0, v0, DK, DV, BK, BV)
+        bdo, S = load_rows(do, token, left, h, HV, DV, v0, C, BV), load_matrix(states, chunk, v0, DK, DV, BK, BV)
         Y += tl.dot(bdo, tl.trans(S), input_precision="ieee")
-    Y *= (gamma * rq * scale)[:, None]
+    Y *= load_gate(fq, token, left, h, HV, C)[:, None]
     qy = tl.sum(bq.to(tl.float32) * Y, 1)
     Y += tl.dot(bP, bk, input_precision="ieee")
     if NORM:
-        sq = tl.load(sums + at, mask=inside, other=0.0) + qy
-        Y -= (rq * rq * sq)[:, None] * bq.to(tl.float32)
+        rq = inverse_length(bq, NORM)
+        Y -= (rq * rq * (load_gate(sums, token, left, h, HV, C) + qy))[:, None] * bq.to(tl.float32)
     store_rows(dq, Y, token, left, h, HV, DK, 0, C, BK)
     # 2. dK
     Z = tl.zeros([C, BK], tl.float32)
     for v0 in range(0, DV, BV):
-        bX, S = load_rows(X, token, left, h, HV, DV, v0, C, BV), load_state(states, chunk, 0, v0, DK, DV, BK, BV)
+        bX, S = load_rows(X, token, left, h, HV, DV, v0, C, BV), load_matrix(states, chunk, v0, DK, DV, BK, BV)
         Z += tl.dot(bX, tl.trans(S), input_precision="ieee")
-    Z *= (gamma * rk)[:, None]
+    Z *= load_gate(fk, token, left, h, HV, C)[:, None]
     kz = tl.sum(bk.to(tl.float32) * Z, 1)
     R, sds = tl.zeros([C, BK], tl.float32), 0.0
     for v0 in range(0, DV, BV):
-        bU, dS = load_rows(U, token, left, h, HV, DV, v0, C, BV), load_state(dstates, chunk, 0, v0, DK, DV, BK, BV)
-        S = load_state(states, chunk, 0, v0, DK, DV, BK, BV)
+        bU, dS = load_rows(U, token, left, h, HV, DV, v0, C, BV), load_matrix(dstates, chunk, v0, DK, DV, BK, BV)
         R += tl.dot(bU, tl.trans(dS), input_precision="ieee")
-        sds += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
-    R *= (rest * rk)[:, None]
+        sds += tl.sum(load_matrix(states, chunk, v0, DK, DV, BK, BV).to(tl.float32) * dS.to(tl.float32))
+    R *= load_gate(fr, token, left, h, HV, C)[:, None]
     kr = tl.sum(bk.to(tl.float32) * R, 1)
     R -= b[:, None] * Z
-    bA = load_state(dAn, chunk, 0, 0, C, C, C, C)
     R += tl.dot(tl.trans(bP), bq, input_precision="ieee")
+    bA = load_matrix(dA, chunk, 0, C, C, C, C)
     R += tl.dot(bA, bk, input_precision="ieee")
     R += tl.dot(tl.trans(bA), bk, input_precision="ieee")
     if NORM:
-        sk = tl.load(sums + stride + at, mask=inside, other=0.0) + kr - b * kz
-        R -= (rk * rk * sk)[:, None] * bk.to(tl.float32)
+        rk = inverse_length(bk, NORM)
+        R -= (rk * rk * (load_gate(sums + stride, token, left, h, HV, C) + kr - b * kz))[:, None] * bk.to(tl.float32)
     store_rows(dk, R, token, left, h, HV, DK, 0, C, BK)
     # 3. dbeta, dg
-    tl.store(dbeta + at, tl.load(sums + 3 * stride + at, mask=inside, other=0.0) - kz, mask=inside)
-    dlog = tl.load(sums + 2 * stride + at, mask=inside, other=0.0) + qy - b * kz - kr
-    after = tl.sum(dlog, 0) - tl.cumsum(dlog, 0) + dlog
-    tl.store(dg + at, after + tl.sum(kr, 0) + gamma_C * sds, mask=inside)
+    store_gate(dbeta, load_gate(sums + 3 * stride, token, left, h, HV, C) - kz, token, left, h, HV, C)
+    dlog = load_gate(sums + 2 * stride, token, left, h, HV, C) + qy - b * kz - kr
+    after = tl.sum(dlog, 0) - tl.cumsum(dlog, 0) + dlog                  # sum over i >= t
+    store_gate(dg, after + tl.sum(kr, 0) + tl.load(gamma_C + chunk) * sds, token, left, h, HV, C)
 
 
 @jit
 def decode_kernel(q, k, v, g, beta, S0, o, S_out, tokens, scale,
                   H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
                   BV: tl.constexpr, HAS_S0: tl.constexpr, NORM: tl.constexpr):
+    """The recurrence, as it stands in recurrent_gated_delta_rule, with the state read once and written once.
+
+    Grid (Dv / BV, B * HV). Registers: S [BK, BV] fp32. No shared memory but for the sums.
+    Reads q, k, v, g, beta of each token and S0; writes o and the state.
+    """
     v0, s, h = tl.program_id(0) * BV, (tl.program_id(1) // HV).to(tl.int64), tl.program_id(1) % HV
     dk, dv = tl.arange(0, BK), v0 + tl.arange(0, BV)
-    at_S, in_S = (s * HV + h) * DK * DV + dk[:, None] * DV + dv[None, :], (dk < DK)[:, None] & (dv < DV)[None, :]
-    S = tl.load(S0 + at_S, mask=in_S, other=0.0) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
+    S = load_matrix(S0, s * HV + h, v0, DK, DV, BK, BV) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
     for t in range(tokens):
-        token = s * tokens + t
-        at_k = (token * H + h // (HV // H)) * DK + dk
-        at_v, at_g = (token * HV + h) * DV + dv, token * HV + h
+        at_k, at_v = ((s * tokens + t) * H + h // (HV // H)) * DK + dk, (s * tokens + t) * HV + h
         bk = tl.load(k + at_k, mask=dk < DK, other=0.0).to(tl.float32)
         bq = tl.load(q + at_k, mask=dk < DK, other=0.0).to(tl.float32)
-        bv = tl.load(v + at_v, mask=dv < DV, other=0.0).to(tl.float32)
+        bv = tl.load(v + at_v * DV + dv, mask=dv < DV, other=0.0).to(tl.float32)
         if NORM:
             bk *= tl.rsqrt(tl.sum(bk * bk, 0) + 1e-6)
             bq *= tl.rsqrt(tl.sum(bq * bq, 0) + 1e-6)
-        S *= tl.exp(tl.load(g + at_g))
+        S *= tl.exp(tl.load(g + at_v))                                                         # decay first
         error = bv - tl.sum(S * bk[:, None], 0)
-        S += bk[:, None] * (tl.load(beta + at_g) * error)[None, :]
-        tl.store(o + at_v, (tl.sum(S * bq[:, None], 0) * scale).to(o.dtype.element_ty), mask=dv < DV)
-    tl.store(S_out + at_S, S, mask=in_S)
+        S += bk[:, None] * (tl.load(beta + at_v) * error)[None, :]
+        tl.store(o + at_v * DV + dv, (tl.sum(S * bq[:, None], 0) * scale).to(o.dtype.element_ty), mask=dv < DV)
+    store_matrix(S_out, S, s * HV + h, v0, DK, DV, BK, BV)
 
+
+# ------------------------------------------------------------------------------------------- launching them
 
 def triton_tiles(Dk, Dv, dtype):
-    """Chunk length, tile sizes, warps and pipeline stages by head size: a fixed table instead of autotuning."""
-    pow2 = lambda n: max(16, 1 << (n - 1).bit_length())
-    BK, narrow = pow2(Dk), dtype != torch.float32
+    """-> C and, for the kernels over chunks, over sequences and of the backward chunks, their tile sizes, warps and stages.
+
+    A fixed table by head size instead of autotuning. On Hopper, Triton 3.4 - 3.7.0 miscompiles products whose left factor
+    was computed in registers (fla issues 640, 984; triton pull request 9514; with an earlier form of these kernels dq or
+    dk was wrong by 60 % at d = 128): here left factors are loaded tiles, and there are 4 warps, never 8.
+    """
+    narrow, BK, BV = dtype != torch.float32, *(max(16, triton.next_power_of_2(n)) for n in (Dk, Dv))
     C = (64 if BK <= 128 else 32) if narrow else (32 if BK <= 128 else 16)
-    BV = min(pow2(Dv), 32 if narrow or BK <= 64 else 16)
-    return C, dict(BK=BK, num_warps=4), dict(BK=BK, BV=BV, num_warps=4, num_stages=2), dict(BK=BK, BV=min(pow2(Dv), 64 if narrow else 32), num_warps=4, num_stages=2)
+    return (C, dict(BK=BK, num_warps=4),
+            dict(BK=BK, BV=min(BV, 32 if narrow or BK <= 64 else 16), num_warps=4, num_stages=2),
+            dict(BK=BK, BV=min(BV, 64 if narrow and BK <= 128 else 32), num_warps=4, num_stages=2))
 
 
 def chunk_table(q, cu_seqlens, C):
-    """-> (sequences, chunks at most, first chunk of each sequence, sequence of each chunk or -1). No copy to the host."""
+    """-> sequences, chunks (at most), first chunk of each sequence, sequence of each chunk or -1. Nothing waits for the GPU."""
     B, T = q.shape[:2]
     if cu_seqlens is None:
         return B, B * (-(-T // C)), None, None
     sequences = cu_seqlens.numel() - 1
     ends = ((cu_seqlens.diff() + C - 1) // C).cumsum(0)
-    c = torch.arange(T // C + sequences, device=q.device)
-    seq = torch.searchsorted(ends, c, right=True)
-    return sequences, len(c), F.pad(ends, (1, 0))[:-1], torch.where(seq < sequences, seq, -1)
+    chunks = T // C + sequences
+    owner = torch.searchsorted(ends, torch.arange(chunks, device=q.device), right=True)
+    return sequences, chunks, F.pad(ends, (1, 0))[:-1], torch.where(owner < sequences, owner, -1)
 
 
-OPS = re.sub(r"\W", "_", __name__)        # one namespace a module: a saved checkpoint brings its own copy of this file
+def on_device(x):
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-@torch.library.custom_op(f"{OPS}::gated_delta_rule_forward", mutates_args=())
+OPS = "hybrid_distill_" + re.sub(r"\W", "_", __name__)    # a namespace a module: a saved checkpoint brings its own copy
+
+
+def forward_outputs(q, v, g, cu_seqlens):
+    """Empty tensors for what triton_forward returns (also its fake implementation under torch.compile)."""
+    (B, tokens, _, Dk), (HV, Dv) = q.shape, v.shape[2:]
+    C = triton_tiles(Dk, Dv, q.dtype)[0]
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunks = B * (-(-tokens // C)) if cu_seqlens is None else tokens // C + sequences
+    return (torch.empty_like(v), g.new_empty(sequences, HV, Dk, Dv), q.new_empty(chunks, HV, C, C), q.new_empty(chunks, HV, C, C),
+            g.new_empty(3, B, tokens, HV), g.new_empty(chunks, HV))
+
+
+@torch.library.custom_op(f"{OPS}::chunk_forward", mutates_args=())
 def triton_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
-                   cu_seqlens: Optional[Tensor], norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """-> o, final state, T [chunks, HV, C, C]."""
-    B, tokens, H, Dk = q.shape
-    HV, Dv = v.shape[2:]
+                   cu_seqlens: Optional[Tensor], norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> o, final state; and for the backward pass T, P, (fq, fk, fr), gamma_C. Contiguous inputs; q, k, v of one dtype."""
+    tokens, H, Dk, HV, Dv = *q.shape[1:], *v.shape[2:]
     C, by_chunk, by_sequence, _ = triton_tiles(Dk, Dv, q.dtype)
     sequences, chunks, first_chunk, chunk_seq = chunk_table(q, cu_seqlens, C)
-    T, o = q.new_empty(chunks, HV, C, C), torch.empty_like(v)
-    S_out = g.new_empty(sequences, HV, Dk, Dv)
-    common = dict(H=H, HV=HV, DK=Dk, C=C, VARLEN=cu_seqlens is not None, NORM=norm)
+    o, S_out, T, P, factors, gamma_C = forward_outputs(q, v, g, cu_seqlens)
+    common = dict(H=H, HV=HV, DK=Dk, C=C, VARLEN=cu_seqlens is not None)
     with on_device(q):
-        inverse_kernel[(chunks, HV)](k, g, beta, T, cu_seqlens, first_chunk, chunk_seq, tokens, **common,
-                                     PREC="ieee" if q.dtype == torch.float32 else "tf32", **by_chunk)
+        prepare_kernel[(chunks, HV)](q, k, g, beta, T, P, *factors, gamma_C, cu_seqlens, first_chunk, chunk_seq, tokens, scale,
+                                     **common, **by_chunk, NORM=norm, PREC="ieee" if q.dtype == torch.float32 else "tf32")
         forward_kernel[lambda m: (triton.cdiv(Dv, m["BV"]), sequences * HV)](
-            q, k, v, g, beta, T, initial_state, o, None, None, S_out, cu_seqlens, first_chunk, tokens, scale, **common,
-            **by_sequence, DV=Dv, HAS_S0=initial_state is not None, SAVE=False)
-    return o, S_out, T
+            q, k, v, beta, T, P, *factors, gamma_C, initial_state, o, None, None, S_out, cu_seqlens, first_chunk, tokens,
+            **common, **by_sequence, DV=Dv, HAS_S0=initial_state is not None, SAVE=False)
+    return o, S_out, T, P, factors, gamma_C
 
 
-@triton_forward.register_fake
-def _(q, k, v, g, beta, scale, initial_state, cu_seqlens, norm):
-    B, T, _, Dk = q.shape
-    HV, Dv = v.shape[2:]
-    C = triton_tiles(Dk, Dv, q.dtype)[0]
-    sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    chunks = B * (-(-T // C)) if cu_seqlens is None else T // C + sequences
-    return torch.empty_like(v), g.new_empty(sequences, HV, Dk, Dv), q.new_empty(chunks, HV, C, C)
-
-
-@torch.library.custom_op(f"{OPS}::gated_delta_rule_backward", mutates_args=())
+@torch.library.custom_op(f"{OPS}::chunk_backward", mutates_args=())
 def triton_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
-                    cu_seqlens: Optional[Tensor], norm: bool, T: Tensor, do: Tensor, dS: Tensor,
-                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of q, k, v, g, beta, initial_state (empty without one)."""
-    B, tokens, H, Dk = q.shape
-    HV, Dv = v.shape[2:]
+                    cu_seqlens: Optional[Tensor], norm: bool, T: Tensor, P: Tensor, factors: Tensor, gamma_C: Tensor,
+                    do: Tensor, dS_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of q, k, v, g, beta and initial_state (empty without one)."""
+    B, tokens, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
     C, _, by_sequence, by_block = triton_tiles(Dk, Dv, q.dtype)
     sequences, chunks, first_chunk, chunk_seq = chunk_table(q, cu_seqlens, C)
     states, dstates = q.new_empty(chunks, HV, Dk, Dv), q.new_empty(chunks, HV, Dk, Dv)
-    dP, dA, sums = q.new_empty(chunks, HV, C, C), q.new_empty(chunks, HV, C, C), g.new_empty(4, *g.shape)
+    dP, dA, sums = torch.empty_like(P), torch.empty_like(P), g.new_empty(4, *g.shape)
     U, X, dv, dg, dbeta = (torch.empty_like(x) for x in (v, v, v, g, beta))
     dS0 = g.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     dq, dk = (q.new_empty(B, tokens, HV, Dk, dtype=q.dtype if H == HV else torch.float32) for _ in range(2))
-    common = dict(H=H, HV=HV, DK=Dk, DV=Dv, C=C, VARLEN=cu_seqlens is not None, NORM=norm)
-    serial = lambda m: (triton.cdiv(Dv, m["BV"]), sequences * HV)
+    common = dict(H=H, HV=HV, DK=Dk, DV=Dv, C=C, VARLEN=cu_seqlens is not None)
+    walk = dict(common, **by_sequence, HAS_S0=initial_state is not None)
+    walks = lambda m: (triton.cdiv(Dv, m["BV"]), sequences * HV)
     with on_device(q):
-        forward_kernel[serial](q, k, v, g, beta, T, initial_state, None, U, states, None, cu_seqlens, first_chunk, tokens,
-                               scale, **common, **by_sequence, HAS_S0=initial_state is not None, SAVE=True)
-        backward_state_kernel[serial](q, k, g, beta, T, do, dS, X, dstates, dS0, cu_seqlens, first_chunk, tokens, scale,
-                                      **common, **by_sequence, HAS_S0=initial_state is not None)
+        forward_kernel[walks](q, k, v, beta, T, P, *factors, gamma_C, initial_state, None, U, states, None, cu_seqlens,
+                              first_chunk, tokens, **walk, SAVE=True)
+        backward_state_kernel[walks](q, k, beta, T, P, *factors, gamma_C, do, dS_out, X, dstates, dS0, cu_seqlens,
+                                     first_chunk, tokens, **walk)
         backward_scores_kernel[(chunks, HV)](q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seqlens, first_chunk, chunk_seq,
-                                             tokens, g.numel(), scale, **common, **by_block)
-        backward_chunk_kernel[(chunks, HV)](q, k, g, beta, do, U, X, states, dstates, dP, dA, sums, dq, dk, dg, dbeta,
-                                            cu_seqlens, first_chunk, chunk_seq, tokens, g.numel(), scale, **common, **by_block)
-    if H != HV:
+                                             tokens, g.numel(), scale, **common, **by_block, NORM=norm)
+        backward_chunk_kernel[(chunks, HV)](q, k, beta, *factors, gamma_C, do, U, X, states, dstates, dP, dA, sums, dq, dk, dg,
+                                            dbeta, cu_seqlens, first_chunk, chunk_seq, tokens, g.numel(), **common, **by_block,
+                                            NORM=norm)
+    if H != HV:                                                          # value heads that share a key head
         dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(q.dtype) for x in (dq, dk))
     return dq, dk, dv, dg, dbeta, dS0
 
 
-@triton_backward.register_fake
-def _(q, k, v, g, beta, scale, initial_state, cu_seqlens, norm, T, do, dS):
-    dS0 = g.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
-    return *(torch.empty_like(x) for x in (q, k, v, g, beta)), dS0
+@torch.library.custom_op(f"{OPS}::decode", mutates_args=())
+def triton_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
+                  norm: bool) -> tuple[Tensor, Tensor]:
+    """-> o, new state. Contiguous inputs."""
+    B, tokens, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
+    o, S_out = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv)
+    with on_device(q):
+        decode_kernel[(triton.cdiv(Dv, 16), B * HV)](q, k, v, g, beta, initial_state, o, S_out, tokens, scale, H=H, HV=HV, DK=Dk,
+                                                     DV=Dv, BK=triton.next_power_of_2(Dk), BV=16, num_warps=4,
+                                                     HAS_S0=initial_state is not None, NORM=norm)
+    return o, S_out
 
 
 def _save(ctx, inputs, output):
     q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.norm = inputs
-    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, output[2])
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2:])
 
 
-def _backward(ctx, do, dS, dT):
-    q, k, v, g, beta, initial_state, cu_seqlens, T = ctx.saved_tensors
-    *grads, dS0 = triton_backward(q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.norm, T, do.contiguous(), dS.contiguous())
+def _backward(ctx, do, dS_out, *unused):
+    q, k, v, g, beta, initial_state, cu_seqlens, *saved = ctx.saved_tensors
+    *grads, dS0 = triton_backward(q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.norm, *saved, do.contiguous(),
+                                  dS_out.contiguous())
     return *grads, None, None if initial_state is None else dS0, None, None
 
 
 triton_forward.register_autograd(_backward, setup_context=_save)
+triton_forward.register_fake(lambda q, k, v, g, beta, scale, initial_state, cu_seqlens, norm: forward_outputs(q, v, g, cu_seqlens))
+triton_backward.register_fake(lambda q, k, v, g, beta, scale, initial_state, *_: (
+    *(torch.empty_like(x) for x in (q, k, v, g, beta)), g.new_empty(0) if initial_state is None else torch.empty_like(initial_state)))
+triton_decode.register_fake(lambda q, k, v, g, *_: (torch.empty_like(v), g.new_empty(q.shape[0], v.shape[2], q.shape[3], v.shape[3])))
 
 
-@torch.library.custom_op(f"{OPS}::gated_delta_rule_decode", mutates_args=())
-def triton_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
-                  norm: bool) -> tuple[Tensor, Tensor]:
-    """-> o, new state."""
-    B, tokens, H, Dk = q.shape
+# ------------------------------------------------------------------------------------------- the switch
+
+def example(B, T, H, HV, Dk, Dv, kind="random", dtype=torch.float32, device="cpu", seed=0):
+    """q, k, v, g, beta, initial state. kind: random; identical (one key, beta -> 1, no decay); underflow (g = -1000 at places)."""
+    rng = torch.Generator().manual_seed(seed)
+    randn, rand = (functools.partial(f, generator=rng) for f in (torch.randn, torch.rand))
+    q, k, v, S0 = randn(B, T, H, Dk), randn(B, T, H, Dk), randn(B, T, HV, Dv), randn(B, HV, Dk, Dv)
+    g, beta = -0.3 * rand(B, T, HV), rand(B, T, HV)
+    if kind == "identical":
+        k, g, beta = k[:, :1].expand_as(k), 0 * g, torch.full_like(beta, 0.9999)
+    if kind == "underflow":
+        g = torch.where(rand(B, T, HV) < 0.1, -1000.0, g)
+    return [x.to(device, dtype) for x in (q, k, v)] + [x.to(device) for x in (g, beta, S0)]
+
+
+def everything(rule, inputs, seed=1, **options):
+    """-> [o, final state, gradients of q, k, v, g, beta, initial state] under random output gradients (the same in any dtype)."""
+    rng = torch.Generator().manual_seed(seed)
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    o, S = rule(*inputs[:5], initial_state=inputs[5], output_final_state=True, use_qk_l2norm_in_kernel=True, **options)
+    do, dS = (torch.randn(x.shape, generator=rng).to(x) for x in (o, S))
+    return [o.detach(), S.detach(), *torch.autograd.grad((o, S), inputs, (do, dS))]
+
+
+def errors(rule, inputs, **options):
+    """-> relative RMS error of everything(rule) against the fp64 recurrence on the same inputs."""
+    truth = everything(recurrent_gated_delta_rule, [x.double() for x in inputs])
+    return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(everything(rule, inputs, **options), truth)]
+
+
+def trial(device, dtype, H, HV, Dk, Dv):
+    """-> errors of the Triton kernels on three ragged chunks: o, final state, six gradients, and o of the decoding kernel."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.split(":")[0], enabled=False):
+        inputs = example(1, 130, H, HV, Dk, Dv, "random", dtype, device)
+        step, _ = triton_decode(*inputs[:5], Dk ** -0.5, inputs[5], True)
+        truth = everything(recurrent_gated_delta_rule, [x.double() for x in inputs])[0]
+        return errors(chunk_gated_delta_rule, inputs, backend="unchecked triton") + [((step - truth).norm() / truth.norm()).item()]
+
+
+@functools.lru_cache(maxsize=None)
+def why_not_triton(device, dtype, H, HV, Dk, Dv):
+    """None if the Triton kernels give, on this device and for these heads, what the recurrence gives; else the reason.
+
+    An import that succeeds proves nothing, and a compiler can be wrong at one head size only (triton_tiles): so the kernels
+    are launched, forward and backward, and compared. Once a process, device and kind of head: a second or so, mostly compiling.
+    """
+    if triton is None:
+        return "the package triton is not installed"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels take bf16, fp16 and fp32, not {dtype}"
+    if max(Dk, Dv) > 256:
+        return f"the kernels take heads up to 256, not {max(Dk, Dv)}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None                                                      # for tests, which compare by themselves
+    if not device.startswith("cuda"):
+        return f"the kernels run on a GPU, not on the device {device}"
+    try:
+        found = trial(device, dtype, H, HV, Dk, Dv)
+    except Exception as error:                                           # whatever a compiler or a driver throws
+        return f"a trial launch failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    limit = 1e-3 if dtype == torch.float32 else 3e-2
+    if all(e < limit for e in found):                                    # also false for NaN
+        return None
+    names = ("o", "final state", "dq", "dk", "dv", "dg", "dbeta", "d initial state", "decoding")
+    return "a trial launch disagrees with the recurrence: " + ", ".join(f"{n} {e:.0e}" for n, e in zip(names, found) if not e < limit)
+
+
+@functools.lru_cache(maxsize=None)
+def say_once(line):
+    print(line, file=sys.stderr)
+
+
+@torch.compiler.assume_constant_result                                   # decided while compiling, not part of the graph
+def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
+    """-> "torch" or "triton". "auto" is what HYBRID_DISTILL_BACKEND says, else Triton on a GPU where it works."""
+    if backend == "auto":
+        backend = os.environ.get("HYBRID_DISTILL_BACKEND", "auto")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend (or HYBRID_DISTILL_BACKEND) must be 'auto', 'torch' or 'triton', not {backend!r}")
+    if backend == "torch" or backend == "auto" and not device.startswith("cuda"):
+        return "torch"
+    reason = why_not_triton(device, dtype, H, HV, Dk, Dv)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise RuntimeError(f"backend='triton' is not possible: {reason}")
+    say_once(f"kernels.py: the slower PyTorch backend runs on {device}: {reason}")
+    return "torch"
+
+
+def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens=None):
+    """Raise one sentence that says what is wrong and what would be right. Shapes are those of chunk_gated_delta_rule."""
+    def need(true, sentence):
+        if not true:
+            raise ValueError(sentence)
+
+    need(q.ndim == 4 and 0 not in q.shape, f"q must be [B, T, H, Dk] and not empty, not {list(q.shape)}")
+    B, T, H, Dk = q.shape
+    need(k.shape == q.shape, f"k must have the shape of q, {list(q.shape)}, not {list(k.shape)}")
+    need(v.ndim == 4 and v.shape[:2] == q.shape[:2] and v.numel() > 0, f"v must be [{B}, {T}, HV, Dv] like q, not {list(v.shape)}")
     HV, Dv = v.shape[2:]
-    o, S_out = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv)
-    BV = 16
-    with on_device(q):
-        decode_kernel[(-(-Dv // BV), B * HV)](q, k, v, g, beta, initial_state, o, S_out, tokens, scale, H=H, HV=HV, DK=Dk, DV=Dv,
-                                              BK=triton.next_power_of_2(Dk), BV=BV, HAS_S0=initial_state is not None, NORM=norm, num_warps=4)
-    return o, S_out
+    need(HV % H == 0, f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
+    for name, x in (("g", g), ("beta", beta)):
+        need(x.shape == v.shape[:3], f"{name} must be [B, T, HV] = {[B, T, HV]}, not {list(x.shape)}")
+    N = B
+    if cu_seqlens is not None:
+        need(cu_seqlens.ndim == 1 and len(cu_seqlens) > 1 and cu_seqlens.dtype in (torch.int32, torch.int64),
+             f"cu_seqlens must be [N + 1] of int64 (or int32), not {list(cu_seqlens.shape)} of {cu_seqlens.dtype}")
+        need(B == 1, f"with cu_seqlens the sequences are packed in one row: B must be 1, not {B}")
+        N = len(cu_seqlens) - 1
+        if not torch.compiler.is_compiling():                            # reads values: not inside a compiled graph
+            ends = cu_seqlens.tolist()
+            need(ends[0] == 0 and ends[-1] == T and all(a < b for a, b in zip(ends, ends[1:])),
+                 f"cu_seqlens must rise from 0 to T = {T} without an empty sequence, not {str(ends)[:100]}")
+    if initial_state is not None:
+        need(initial_state.shape == (N, HV, Dk, Dv),
+             f"initial_state must be [{'B' if cu_seqlens is None else 'N'}, HV, Dk, Dv] = {[N, HV, Dk, Dv]}, not {list(initial_state.shape)}")
+    for name, x in dict(k=k, v=v, g=g, beta=beta, initial_state=initial_state, cu_seqlens=cu_seqlens).items():
+        need(x is None or x.device == q.device, f"{name} must be on the device of q, {q.device}, not on {x.device if x is not None else ''}")
+        need(x is None or name == "cu_seqlens" or x.is_floating_point(), f"{name} must be of a floating-point dtype, not {x.dtype if x is not None else ''}")
 
 
-@triton_decode.register_fake
-def _(q, k, v, g, beta, scale, initial_state, norm):
-    return torch.empty_like(v), g.new_empty(q.shape[0], v.shape[2], q.shape[3], v.shape[3])
-
-
-def on_device(x):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def one_dtype(q, k, v):
+    """q, k, v in one dtype: that of autocast where it is on, else the widest of the three."""
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+    else:
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
                            use_qk_l2norm_in_kernel=False, cu_seqlens=None, backend="auto"):
-    """The gated delta rule, chunk by chunk. See recurrent_gated_delta_rule."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton":
-        f32 = lambda x: None if x is None else x.float().contiguous()
-        dt = q.dtype if q.dtype == k.dtype == v.dtype else torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-        o, S, _ = triton_forward(*(x.to(dt).contiguous() for x in (q, k, v)), f32(g), f32(beta), scale, f32(initial_state), cu_seqlens, use_qk_l2norm_in_kernel)
-        return o, S if output_final_state else None
-    if cu_seqlens is None:
+    """The gated delta rule (recurrent_gated_delta_rule) in chunks: everything but the walk of the state is a matrix product.
+
+    Arguments: q, k [B, T, H, Dk], v [B, T, HV, Dv] (HV a multiple of H), g (log-decay <= 0), beta [B, T, HV]; q, k and v are
+    brought to one dtype, gates and state to fp32 (fp64 stays fp64 in PyTorch). scale: Dk^-1/2 unless given.
+    initial_state [B, HV, Dk, Dv] or None. cu_seqlens [N + 1]: N sequences packed in one row (B = 1), sequence n from
+    cu_seqlens[n] to cu_seqlens[n + 1]; the states are then [N, HV, Dk, Dv]. backend: "auto" (Triton on a GPU), "torch", "triton".
+    Returns o [B, T, HV, Dv] in the dtype of q, k, v, and the final state (fp32 or fp64), or None.
+    Raises ValueError for inputs that do not fit, RuntimeError where backend="triton" is not possible: one sentence each.
+    Source: [1] and [2]; keyword names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3].
+    """
+    check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
+    q, k, v = one_dtype(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend != "unchecked triton":
+        backend = pick_backend(backend, str(q.device), q.dtype, q.shape[2], *v.shape[2:3], q.shape[3], v.shape[3])
+    if backend != "torch":
+        g, beta, initial_state = (None if x is None else x.float().contiguous() for x in (g, beta, initial_state))
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        o, S = triton_forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, use_qk_l2norm_in_kernel)[:2]
+    elif cu_seqlens is None:
         o, S = chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
     else:
         ends, parts = cu_seqlens.tolist(), []
-        for n, (a, b) in enumerate(zip(ends, ends[1:])):
+        for n, (i, j) in enumerate(zip(ends, ends[1:])):
             S0 = None if initial_state is None else initial_state[n:n + 1]
-            parts.append(chunk_torch(*(x[:, a:b] for x in (q, k, v, g, beta)), scale, S0, use_qk_l2norm_in_kernel))
+            parts.append(chunk_torch(*(x[:, i:j] for x in (q, k, v, g, beta)), scale, S0, use_qk_l2norm_in_kernel))
         o, S = torch.cat([o for o, _ in parts], 1), torch.cat([S for _, S in parts])
     return o.to(v.dtype), S if output_final_state else None
+
+
+def decode_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
+                            use_qk_l2norm_in_kernel=False):
+    """One token (or a few) from the cached state: the recurrence, on a GPU fused into one kernel that reads the state once.
+
+    Arguments, returns and errors: those of recurrent_gated_delta_rule and of check_inputs. Where gradients are wanted, and
+    off the GPU, it is the recurrence itself.
+    """
+    check_inputs(q, k, v, g, beta, initial_state)
+    q, k, v = one_dtype(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state))
+    if wants_grad or pick_backend("auto", str(q.device), q.dtype, q.shape[2], *v.shape[2:3], q.shape[3], v.shape[3]) == "torch":
+        return recurrent_gated_delta_rule(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel)
+    g, beta, initial_state = (None if x is None else x.float().contiguous() for x in (g, beta, initial_state))
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    o, S = triton_decode(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
+    return o, S if output_final_state else None
+
+
+# ------------------------------------------------------------------------------------------- check and benchmark
+
+def check(device):
+    """Print the relative RMS error of every available backend against the fp64 recurrence, over inputs that can see bugs."""
+    print(f"\nRelative RMS error against the fp64 recurrence on {device}: o, final state, dq, dk, dv, dg, dbeta, d initial state")
+    backends = ["torch"] + ["triton"] * (device == "cuda" and why_not_triton(device, torch.bfloat16, 2, 4, 64, 64) is None)
+    for backend in backends:
+        for dtype in (torch.float32, torch.bfloat16)[: 1 + (backend == "triton")]:
+            for T, Dk, Dv in ((1, 64, 64), (75, 60, 100), (200, 128, 64)):
+                for kind in ("random", "identical", "underflow"):
+                    found = errors(chunk_gated_delta_rule, example(2, T, 2, 4, Dk, Dv, kind, dtype, device), backend=backend)
+                    print(f"  {backend:6} {str(dtype)[6:]:8} T={T:<3} d={Dk},{Dv:<3} {kind:9} ", *(f"{e:.0e}" for e in found))
+
+
+def seconds(function, device, budget=0.5):
+    """Median time of one call: at least three samples, about `budget` seconds in all."""
+    def sample(n):
+        start = time.perf_counter()
+        for _ in range(n):
+            function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / n
+    sample(1)
+    once = sample(1)
+    n = max(1, int(0.01 / once)) if device == "cuda" else 1              # short GPU work: many calls between two clocks
+    return statistics.median(sample(n) for _ in range(max(3, min(25, int(budget / (n * once))))))
+
+
+def rivals(device):
+    """-> {name: rule(q, k, v, g, beta)}: ours and whatever else can be imported."""
+    rules = {"ours, torch": functools.partial(chunk_gated_delta_rule, backend="torch")}
+    if device == "cuda":
+        if why_not_triton(device, torch.bfloat16, 16, 16, 64, 64) is None:
+            rules["ours, triton"] = functools.partial(chunk_gated_delta_rule, backend="triton")
+        with contextlib.suppress(ImportError):
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla
+            rules["FLA"] = fla
+        rules["SDPA causal"] = lambda q, k, v, g, beta: (
+            F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True),)
+    with contextlib.suppress(ImportError):
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+        rules["transformers"] = torch_chunk_gated_delta_rule
+    return {name: rule if "SDPA" in name else functools.partial(rule, use_qk_l2norm_in_kernel=True) for name, rule in rules.items()}
+
+
+def measure(rule, inputs, device):
+    """-> seconds of forward, of forward + backward; a sentence where it does not run."""
+    def both():
+        o = rule(*inputs)[0]
+        torch.autograd.grad(o, [x for x in inputs if x.requires_grad], torch.ones_like(o), allow_unused=True)
+    times = []
+    for run in (torch.no_grad()(lambda: rule(*inputs)), both):
+        try:
+            times.append(seconds(run, device))
+        except torch.OutOfMemoryError:
+            times.append("out of memory")
+        except RuntimeError as error:
+            times.append(" ".join(str(error).split())[:60])
+    return times
+
+
+def benchmark_cpu():
+    rows, rules = [], rivals("cpu")
+    for shape in ((4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)):
+        B, T, H, D = shape
+        inputs = [x.requires_grad_() for x in example(B, T, H, H, D, D)[:5]]
+        times = {name: measure(rule, inputs, "cpu") for name, rule in rules.items()}
+        for name, (forward, both) in times.items():
+            rows.append([f"{shape}", name, f"{1e3 * forward:.1f} ms", f"{1e3 * both:.1f} ms", f"{times['transformers'][1] / both:.2f}x"
+                         if "transformers" in times else "-"])
+    if "transformers" in rules:
+        ratio = statistics.median(float(r[4][:-1]) for r in rows if r[1] == "ours, torch")
+        rows.append(["median", "ours, torch", "", "", f"{ratio:.2f}x"])
+    return ["(B, T, H, D), fp32", "", "forward", "forward + backward", "transformers / this"], rows
+
+
+def benchmark_gpu(B=6, H=16):
+    device, rows, curves = "cuda", [], {}
+    big = torch.empty(2**30, dtype=torch.uint8, device=device)
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+    copy = 2 * big.numel() / seconds(lambda: big.clone(), device)
+    matmul = 2 * 8192**3 / seconds(lambda: square @ square, device)
+    print(f"copy {copy / 1e12:.2f} TB/s, bf16 matmul {matmul / 1e12:.0f} TFLOP/s")
+    del big, square
+    for D in (64, 128):
+        rules = rivals(device)
+        for T in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
+            inputs = [x.requires_grad_() for x in example(B, T, H, H, D, D, dtype=torch.bfloat16, device=device)[:5]]
+            # what must at least be moved: q, k, v, o and back q, k, v, do, dq, dk, dv (gates are small); and the chunk's products
+            least = B * T * H * D * 2 * 4, B * T * H * D * 2 * 11
+            work = B * T * H * (8 * 64 * D + 6 * D * D), B * T * H * (30 * 64 * D + 22 * D * D)
+            for name, rule in list(rules.items()):
+                forward, both = measure(rule, inputs, device)
+                row = [f"d={D} T={T}", name]
+                for t, bytes_, flops in zip((forward, both), least, work):
+                    row += [t] if isinstance(t, str) else [f"{1e3 * t:.2f} ms" + (
+                        f" ({bytes_ / t / copy:.0%} of copy, {flops / t / matmul:.0%} of matmul)" if "triton" in name else "")]
+                rows.append(row)
+                print(*row, sep=" | ", flush=True)
+                for what, t in (("forward", forward), ("forward + backward", both)):
+                    if not isinstance(t, str):
+                        curves.setdefault((D, what), {}).setdefault(name, []).append((T, 1e3 * t))
+                if isinstance(both, str) and isinstance(forward, str) or not isinstance(both, str) and both > 0.5:
+                    rules.pop(name)                                      # longer only takes longer
+            del inputs
+            with torch.no_grad():
+                q, k, v, g, beta, S = example(B, 1, H, H, D, D, dtype=torch.bfloat16, device=device)
+                steps = {"ours": lambda: decode_gated_delta_rule(q, k, v, g, beta, initial_state=S, output_final_state=True)}
+                with contextlib.suppress(ImportError):
+                    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as fla_step
+                    steps["FLA"] = lambda: fla_step(q, k, v, g, beta, initial_state=S, output_final_state=True)
+                cache = torch.randn(2, B, H, T, D, dtype=torch.bfloat16, device=device)
+                steps["SDPA with cache"] = lambda: F.scaled_dot_product_attention(q.transpose(1, 2), *cache)
+                rows.append([f"d={D} T={T}", "one decoding step", "; ".join(
+                    f"{name} {1e6 * seconds(step, device):.0f} us" for name, step in steps.items()), ""])
+                print(*rows[-1], sep=" | ", flush=True)
+    return [f"bf16, B H = {B * H}", "", "forward", "forward + backward"], rows, curves
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check every backend against the fp64 recurrence, then benchmark.")
+    parser.add_argument("--out", default="benchmark", help="folder for the table and the figure")
+    out = Path(parser.parse_args().out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}; torch {torch.__version__}, triton {triton.__version__ if triton else '-'}")
+    check(device)
+    head, rows, curves = benchmark_gpu() if device == "cuda" else (*benchmark_cpu(), {})
+    lines = [f"{machine}, torch {torch.__version__}", "", *(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])]
+    if device == "cpu":
+        lines += ["", "GPU rows (Triton, FLA, SDPA): not measured, no CUDA device here."]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"kernels_{device}.md").write_text("\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines))
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    if device == "cuda":
+        figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True)
+        for axis, ((D, what), lines) in zip(axes.flat, curves.items()):
+            for name, points in lines.items():
+                axis.loglog(*zip(*points), "o-", label=name, base=2)
+            axis.set(title=f"{what}, d = {D}, {head[0]}", xlabel="T", ylabel="ms")
+            axis.legend()
+    else:
+        figure, axis = plt.subplots(figsize=(8, 4))
+        for i, name in enumerate(dict.fromkeys(r[1] for r in rows if r[3])):
+            mine = [r for r in rows if r[1] == name and r[3]]
+            axis.bar([x + 0.4 * i for x in range(len(mine))], [float(r[3].split()[0]) for r in mine], 0.4, label=name)
+        axis.set(title=f"forward + backward, {machine}", ylabel="ms", yscale="log", xticks=range(len(mine)), xticklabels=[r[0] for r in mine])
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(out / f"kernels_{device}.png", dpi=120)
+    print(f"\nwritten: {out / f'kernels_{device}.md'} and .png")
+
+
+def __getattr__(name):
+    """What this file lacks, from PyPI's package of the same name, if that is installed.
+
+    transformers probes for a package called kernels and imports names from it; with this folder on sys.path it finds this file
+    instead, and gets them all the same. `__path__` is there for that package's own submodules, `import kernels.layer`.
+    """
+    here = os.path.dirname(os.path.realpath(__file__))
+    others = [entry for entry in sys.path if os.path.realpath(entry or ".") != here]
+    wanted = __name__ == "kernels" and (name == "__path__" or not name.startswith("__"))
+    spec = importlib.machinery.PathFinder.find_spec("kernels", others) if wanted else None
+    if spec is None or spec.submodule_search_locations is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__path__":
+        return spec.submodule_search_locations
+    if "_pypi_kernels" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("_pypi_kernels", spec.origin, submodule_search_locations=spec.submodule_search_locations)
+        module = sys.modules["_pypi_kernels"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return getattr(sys.modules["_pypi_kernels"], name)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from transformers import (
     AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig,
     Qwen2Config, Qwen3Config,
 )
 
 import hybrid_distill as hd
-from kernels import recurrent_gated_delta_rule
+import kernels
 
 HERE = Path(__file__).parent
 SIZES = dict(vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256,
@@ -54,6 +55,169 @@ def tokens(*shape, seed=0):
 def same(a, b, tolerance=2e-5):
     a, b = a.detach(), b.detach()
     assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+
+
+# ------------------------------------------------------------------------------------------------ kernels.py, against the fp64 recurrence
+
+NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "dbeta", "d initial state")
+
+
+# Triton reads TRITON_INTERPRET when it is imported: what runs in its interpreter runs in a process of its own, started below.
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_the_kernels_in_tritons_interpreter, in another process")
+
+
+def test_the_kernels_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_hybrid_distill.py"), "-k", "interpreted"],
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("kind", ["random", "identical", "underflow"])
+@pytest.mark.parametrize("T,Dk,Dv", [(1, 16, 16), (63, 60, 100), (64, 32, 32), (75, 100, 60), (130, 16, 24), (200, 64, 128)])
+def test_chunked_pytorch_is_the_recurrence(T, Dk, Dv, kind):
+    found = kernels.errors(kernels.chunk_gated_delta_rule, kernels.example(2, T, 2, 4, Dk, Dv, kind), backend="torch")
+    assert all(error < 1e-5 for error in found), dict(zip(NAMES, found))
+
+
+def test_chunked_pytorch_passes_gradcheck():
+    inputs = [x.double().requires_grad_() for x in kernels.example(1, 37, 1, 2, 3, 4)]
+    rule = lambda q, k, v, g, beta, S: kernels.chunk_gated_delta_rule(q, k, v, g, beta, None, S, True, True)
+    assert torch.autograd.gradcheck(rule, inputs)
+
+
+def test_padding_leaves_the_state_alone():
+    q, k, v, g, beta, S = kernels.example(2, 90, 2, 2, 16, 16)
+    k[:, 70:], v[:, 70:], g[:, 70:], beta[:, 70:] = 0, 0, 0, 0
+    how = dict(initial_state=S, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    same(kernels.chunk_gated_delta_rule(q, k, v, g, beta, **how)[1], kernels.chunk_gated_delta_rule(*(x[:, :70] for x in (q, k, v, g, beta)), **how)[1])
+
+
+def packed(rule, inputs, ends, **options):
+    q, k, v, g, beta, _ = inputs
+    S = torch.randn(len(ends) - 1, v.shape[2], q.shape[3], v.shape[3], generator=torch.Generator().manual_seed(3))
+    return rule, [q, k, v, g, beta, S], dict(cu_seqlens=torch.tensor(ends), **options)
+
+
+@pytest.mark.parametrize("T,H,HV,Dk,Dv,kind", [(1, 1, 1, 16, 16, "random"), (63, 1, 2, 16, 24, "identical"), (75, 1, 1, 60, 100, "random"),
+                                               (130, 1, 2, 32, 16, "underflow"), (130, 1, 1, 100, 60, "identical"), (70, 1, 1, 130, 20, "random")])
+@interpreted
+def test_interpreted_triton_is_the_recurrence(T, H, HV, Dk, Dv, kind):
+    found = kernels.errors(kernels.chunk_gated_delta_rule, kernels.example(1, T, H, HV, Dk, Dv, kind), backend="triton")
+    assert all(error < 2e-4 for error in found), dict(zip(NAMES, found))
+
+
+def check_packed(backend, limit):
+    ends = [0, 1, 66, 130]
+    rule, inputs, options = packed(kernels.chunk_gated_delta_rule, kernels.example(1, 130, 1, 2, 16, 16), ends, backend=backend)
+    together = kernels.everything(rule, inputs, **options)
+    rng = torch.Generator().manual_seed(1)
+    do, dS = torch.randn(together[0].shape, generator=rng), torch.randn(together[1].shape, generator=rng)
+    for n, (a, b) in enumerate(zip(ends, ends[1:])):
+        alone = [x[:, a:b].double().requires_grad_() for x in inputs[:5]] + [inputs[5][n:n + 1].double().requires_grad_()]
+        o, S = kernels.recurrent_gated_delta_rule(*alone[:5], None, alone[5], True, True)
+        truth = [o, S, *torch.autograd.grad((o, S), alone, (do[:, a:b].double(), dS[n:n + 1].double()))]
+        for name, x, y in zip(NAMES, together, truth):
+            x = x[n:n + 1] if "state" in name else x[:, a:b]
+            assert (x - y).norm() <= limit * y.norm() + 1e-6, (n, name)
+
+
+def test_packed_sequences_do_not_leak():
+    check_packed("torch", 1e-5)
+
+
+@interpreted
+def test_interpreted_packed_sequences_do_not_leak():
+    check_packed("triton", 2e-4)
+
+
+@interpreted
+def test_interpreted_decoding_kernel_is_the_recurrence():
+    q, k, v, g, beta, S = kernels.example(2, 3, 1, 2, 60, 100)
+    o, S1 = kernels.triton_decode(q, k, v, g, beta, 60 ** -0.5, S, True)
+    truth = kernels.recurrent_gated_delta_rule(*(x.double() for x in (q, k, v, g, beta)), None, S.double(), True, True)
+    same(o.double(), truth[0], 1e-5), same(S1.double(), truth[1], 1e-5)
+
+
+@interpreted
+def test_interpreted_triton_under_autocast_checkpointing_and_compile():
+    inputs = kernels.example(1, 40, 1, 1, 16, 16)
+    rule = lambda *x: kernels.chunk_gated_delta_rule(*x[:5], initial_state=x[5], output_final_state=True, use_qk_l2norm_in_kernel=True, backend="triton")
+    o, S = rule(*inputs)
+    same(torch.compile(rule, backend="aot_eager", fullgraph=True)(*inputs)[0], o)
+    with torch.autocast("cpu", torch.float16):                                        # the interpreter has no bf16 products
+        half, S_half = rule(*inputs)
+    assert half.dtype == torch.float16 and S_half.dtype == torch.float32 and float((half - o).norm() / o.norm()) < 2e-2
+    gradients = []
+    for run in (rule, lambda *x: torch.utils.checkpoint.checkpoint(rule, *x, use_reentrant=False)):
+        wanted = [x.clone().requires_grad_() for x in inputs]
+        gradients.append(torch.autograd.grad(run(*wanted)[0].sum(), wanted))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("change,sentence", [
+    (dict(k=(1, 8, 2, 8)), "k must have the shape of q"), (dict(v=(1, 8, 3, 16)), "must be a multiple of the 2 heads"), (dict(g=(1, 8, 3)), "g must be"),
+    (dict(initial_state=(1, 2, 16, 8)), "initial_state must be"), (dict(cu_seqlens=torch.tensor([0, 5])), "must rise from 0 to T = 8"), (dict(backend="cuda"), "backend"),
+    (dict(backend="triton"), "the kernels run on a GPU")])
+def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
+    shapes = dict(q=(1, 8, 2, 16), k=(1, 8, 2, 16), v=(1, 8, 2, 16), g=(1, 8, 2), beta=(1, 8, 2))
+    arguments = {name: torch.zeros(x) if isinstance(x, tuple) else x for name, x in {**shapes, **change}.items()}
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        kernels.chunk_gated_delta_rule(**arguments)
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments it is launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+
+
+def launches(monkeypatch, Dk, Dv, dtype):
+    """Every launch of a forward, a backward and a decoding step: (kernel, arguments, options)."""
+    found = []
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), found))
+    q, k, v = (torch.zeros(1, 70, H, D, dtype=dtype) for H, D in ((2, Dk), (2, Dk), (4, Dv)))
+    gate, S = torch.zeros(1, 70, 4), torch.zeros(1, 4, Dk, Dv)
+    o, S_out, *rest = kernels.triton_forward(q, k, v, gate, gate.clone(), 1.0, S, None, True)
+    kernels.triton_backward(q, k, v, gate, gate.clone(), 1.0, S, None, True, *rest, v, S)
+    kernels.triton_decode(q, k, v, gate, gate.clone(), 1.0, S, True)
+    monkeypatch.undo()
+    return found
+
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}                                      # bytes a block may have, by compute capability
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("Dk,Dv,capability", [(64, 64, 80), (128, 128, 90), (60, 100, 100)])
+def test_every_kernel_compiles_for_real_chips(monkeypatch, Dk, Dv, capability, dtype):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    kinds = set()
+    for kernel, args, options in launches(monkeypatch, Dk, Dv, dtype):
+        how = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+        values = {**dict(zip(kernel.arg_names, args)), **options}
+        signature, constants, attributes = {}, {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            x = values[name]
+            if isinstance(x, torch.Tensor):
+                signature[name], attributes[(i,)] = POINTERS[x.dtype], [["tt.divisibility", 16]]
+            elif kernel.params[i].is_constexpr or x is None:
+                signature[name], constants[name] = "constexpr", x
+            else:
+                signature[name] = "fp32" if isinstance(x, float) else "i32"
+        binary = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+                                target=GPUTarget("cuda", capability, 32), options=how)
+        assert binary.asm["cubin"] and binary.metadata.shared <= SHARED[capability], (kernel.__name__, binary.metadata.shared)
+        kinds.add(kernel.__name__)
+    assert kinds == {name for name in vars(kernels) if name.endswith("_kernel")}
 
 
 # ------------------------------------------------------------------------------------------------ mixer and stage 0
