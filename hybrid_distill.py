@@ -19,7 +19,7 @@ Glossary
     beta             beta        [B, T, H]   write strength, in (0, 1)
     S                S           [B, H, Dh, Dh]   the recurrent state, fp32
     softmax_layers   -           0-based indices of the K layers that keep softmax attention
-    importance       I(l)        -KL of the all-linear student with only layer l restored to softmax
+    importance       I(l)        -KL of the all-linear student with only layer l restored to softmax, after a little stage-2 training
 
 The first half is the method, in the order of the paper; it knows nothing of files. The second half is the plumbing.
 """
@@ -40,6 +40,7 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -84,14 +85,17 @@ class GatedDeltaNet(nn.Module):
 
     Per head, with x_t the input of the layer:
 
-        q_t, k_t, v_t = SiLU(W_q x_t), SiLU(W_k x_t), SiLU(W_v x_t);  q and k then L2-normalised (inside the kernel)
+        q_t, k_t, v_t = SiLU(W_q x_t), SiLU(W_k x_t), SiLU(W_v x_t);  Qwen3's q/k norms stand before the SiLU;
+                                                                      q and k are then L2-normalised, inside the kernel
         g_t    = -exp(A_log) softplus(W_a x_t + dt_bias)              log-decay, <= 0
         beta_t = sigmoid(W_b x_t)                                     write strength
-        S_t, o_t = gated delta rule (kernels.py): S decays first, then the error of its prediction is corrected
+        S~_t   = exp(g_t) S_{t-1}                                     S decays first,
+        S_t    = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)             then the error of its prediction is corrected
+        o_t    = S_t^T q_t Dh^-1/2                                    (these three lines: kernels.py)
         y_t    = W_o (RMSNorm(o_t) * SiLU(W_g x_t))
 
     It is called as transformers calls `layers[i].self_attn`, and returns (y, None). To try another mixer, write a class
-    with the same `from_attention` and `forward`, and name it in `swap_attention`.
+    with the same `from_attention` and `forward`, and name it in `swap_attention` and `mixers`.
 
     Where it differs from the official code, and why: the heads come from the attention module, so head_dim need not be
     D / H (Qwen3); q/k/v biases (Qwen2) and q/k norms (Qwen3) are carried over instead of dropped.
@@ -410,7 +414,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + chunk)
             h = hidden[rows]
             loss, d_logits = loss_and_grad(F.linear(h, head).float(), rows)
-            total += loss @ weights[rows]
+            total += (loss * weights[rows]).sum()                         # a matmul would be rounded under autocast
             if need_hidden or need_head:
                 d_logits *= weights[rows, None]
             if need_hidden:
@@ -449,7 +453,10 @@ def transfer_attention(teacher, softmax_layers, share_rest: bool = False):
 
 
 def restore_attention(student, teacher, softmax_layers, share_rest: bool = False):
-    """A copy of the all-linear `student` with the teacher's softmax attention back in `softmax_layers`; see `transfer_attention`."""
+    """A copy of the all-linear `student` with the teacher's softmax attention back in `softmax_layers`.
+
+    share_rest: for a student that shares everything but its attention with the teacher; the copy then does too.
+    """
     hybrid = _copy(student, share_rest)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
@@ -745,13 +752,13 @@ def settled(curves, evaluations: int, k: int) -> bool:
 @torch.no_grad()
 def held_out_kl(models: dict, teacher, held_out) -> dict:
     """{name: mean KL(teacher || model) over the held-out batches}; the models share each teacher pass."""
-    total = dict.fromkeys(models, 0.0)
+    total, sequences = dict.fromkeys(models, 0.0), sum(len(tokens) for tokens in held_out)
     for tokens in held_out:
         tokens = tokens.to(teacher.device)
         teacher_hidden = teacher_last_hidden(teacher, tokens)
         for name, model in models.items():
             with autocast(model):
-                total[name] += float(kl_loss(last_hidden(model, tokens), model.lm_head, teacher_hidden, teacher.lm_head)) / len(held_out)
+                total[name] += float(kl_loss(last_hidden(model, tokens), model.lm_head, teacher_hidden, teacher.lm_head)) * len(tokens) / sequences
     return total
 
 
@@ -761,7 +768,7 @@ def teacher_last_hidden(teacher, tokens):
         return last_hidden(teacher, tokens)
 
 
-# Published selections (the official code's, 0-based). Within an inner list best first, where it says so; a larger budget extends a smaller one.
+# Published selections (the official code's, 0-based), best first; an inner list of several layers is one step from a budget to the next.
 PUBLISHED = {
     "Qwen2.5-3B-Instruct": [[20], [32], [33], [21], [22], [25], [17], [19], [5], [31], [4], [3], [10], [30], [26], [29], [27], [13]],
     "Llama-3.2-3B-Instruct": [[14], [8], [5], [12], [15], [13], [2], [26], [24], [16], [17], [18], [21], [10]],
@@ -773,7 +780,7 @@ PUBLISHED = {
 def place_layers(how: str, L: int, k: int, seed: int = 0, teacher_name: str = "") -> list[int]:
     """The baselines: k of L layers by a rule that looks at no data. how: one of
 
-        uniform    (i+1) L // k - 1, the official code's; its last pick is the last layer
+        uniform    (i+1) L // k - 1, the official code's for Llama-3.2-3B; its last pick is the last layer
         centred    int((i + 1/2) L / k), the same spacing, moved to the middle
         random     drawn with `seed`;  first, last: the k first, the k last
         published  the selection published for `teacher_name` (its last path component)
@@ -865,14 +872,14 @@ class Settings:
     chat: bool = setting(False, "the column holds chat messages: render them with the tokenizer's chat template")
     softmax_layers: int = setting(None, "K, how many layers stay softmax [embedded: 1; teacher: a quarter of them]")
     select: str = setting("ga-s2", "ga-s2, greedy, published, uniform, centred, random, first, last, or a list such as 3,7,11")
-    early_stop: int = setting(0, "end selection when the top-K set was the same at this many evaluations in a row; 0: never")
+    early_stop: int = setting(0, "end selection when the top-K set was the same at this many evaluations in a row (one every fifth of the steps); 0: never")
     candidates_at_once: int = setting(None, "selection candidates in memory at a time [all of them; with --teacher: 1, or all with --early-stop]")
     baselines: str = setting(None, "further rows of the report, comma-separated: all-linear, uniform, centred, random, first, last "
                                    "[embedded: all-linear,uniform,centred,random; teacher: none]")
     out: str = setting("runs/default", "the run folder; the same command goes on where a stopped run was")
     seed: int = setting(0, "of the teacher, the data order, the gates' initial values and the random baseline")
     device: str = setting("", "cuda, cpu, ... [cuda if there is one]")
-    dtype: str = setting("", "bfloat16 or float32, of the teacher and of all matrix products [cuda: bfloat16; cpu: float32]")
+    dtype: str = setting("", "bfloat16 or float32, of --teacher and of all matrix products [cuda: bfloat16; cpu: float32]")
     micro_batch: int = setting(None, "sequences per backward pass [the whole batch; with --teacher: 1]")
     checkpointing: bool = setting(None, "recompute activations in the backward pass [embedded: no; with --teacher: yes]")
     compile: bool = setting(False, "torch.compile the decoder layers while they train")
@@ -888,11 +895,11 @@ class Settings:
     select_batch: int = setting(None, "selection: sequences per step [32; 32]")
     select_lr: float = setting(None, "selection: learning rate of attention [1e-3; 1e-4]")
     select_rest_lr: float = setting(None, "selection: of the rest; 0 freezes it and shares it with the teacher [1e-4; 7e-6]")
-    distill_tokens: int = setting(None, "stage 2: tokens [0.26M; 600M]")
+    distill_tokens: int = setting(None, "stage 2: tokens [0.3M; 600M]")
     distill_length: int = setting(None, "stage 2: tokens per sequence [128; 4096]")
     distill_batch: int = setting(None, "stage 2: sequences per step [32; 32]")
     distill_lr: float = setting(None, "stage 2: learning rate of attention [1e-3; 1e-4]")
-    distill_rest_lr: float = setting(None, "stage 2: of the rest [1e-4; 7e-6]")
+    distill_rest_lr: float = setting(None, "stage 2: of the rest; 0 freezes it (stage 3 trains it all the same) [1e-4; 7e-6]")
     finetune_tokens: int = setting(None, "stage 3: tokens [0.08M; 100M]")
     finetune_length: int = setting(None, "stage 3: tokens per sequence [256; 16384]")
     finetune_batch: int = setting(None, "stage 3: sequences per step [16; 8]")
@@ -906,7 +913,7 @@ class Settings:
 EMBEDDED = dict(softmax_layers=1, baselines="all-linear,uniform,centred,random", checkpointing=False, held_out=64,
                 align_tokens=150 * 32 * 128, align_length=128, align_batch=32, align_lr=3e-3,
                 select_tokens=20 * 32 * 128, select_length=128, select_batch=32, select_lr=1e-3, select_rest_lr=1e-4,
-                distill_tokens=64 * 32 * 128, distill_length=128, distill_batch=32, distill_lr=1e-3, distill_rest_lr=1e-4,
+                distill_tokens=80 * 32 * 128, distill_length=128, distill_batch=32, distill_lr=1e-3, distill_rest_lr=1e-4,
                 finetune_tokens=20 * 16 * 256, finetune_length=256, finetune_batch=16, finetune_lr=1e-4)
 PAPER = dict(baselines="", checkpointing=True, micro_batch=1, candidates_at_once=1, held_out=64,
              align_tokens=100_000_000, align_length=512, align_batch=96, align_lr=1e-3,
@@ -1199,8 +1206,8 @@ class Corpus:
         return {"text": list(self._read(part, torch.arange(count * length)).view(count, 1, length))}
 
     def filler(self, part, n, length, random):
-        """[n, length] of the part, each row from a random place on."""
-        starts = torch.randint(max(1, self._blocks(part) * self.block - length), (n, 1), generator=random)
+        """[n, length] of the part, each row from a random place on, whose range does not depend on how much has been read."""
+        starts = torch.randint(self.settings.held_out * self.settings.distill_length, (n, 1), generator=random)
         return self._read(part, starts + torch.arange(length))
 
     def _read(self, part, positions):
@@ -1338,7 +1345,8 @@ def recall_accuracy(model, prompts, answers, batch: int = 64) -> float:
     for tokens, answer in zip(prompts.split(batch), answers.split(batch)):
         tokens = tokens.to(model.device)
         with autocast(model):
-            written = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=1, do_sample=False, pad_token_id=0)
+            written = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=1, do_sample=False, num_beams=1,
+                                     repetition_penalty=1.0, pad_token_id=0)       # whatever the teacher's generation_config says
         right += int((written[:, -1].cpu() == answer).sum())
     return right / len(prompts)
 
@@ -1433,11 +1441,12 @@ def embedded_teacher(corpus: EmbeddedCorpus, run: Run):
     train([teacher], [[{"params": matrices, "lr": 0.02, "weight_decay": 0.01, "muon": True},
                        {"params": others, "lr": 0.01, "weight_decay": 0.0, "muon": False}]],
           losses, batches, TEACHER_STEPS, schedule=lambda step, steps: min(1, (step + 1) / 20, (steps - step) / (0.4 * steps)),
-          make_optimizer=MuonAdamW, observer=Teaching(run, "teacher", TEACHER_STEPS, keep_weights=False))
+          make_optimizer=MuonAdamW, observer=Teaching(run, "teacher", TEACHER_STEPS))
     beside = folder.with_name("teacher.new")
     teacher.save_pretrained(beside)
     corpus.tokenizer.save_pretrained(beside)
     os.replace(beside, folder)
+    drop_weights(run, "teacher")
     return teacher
 
 
@@ -1500,7 +1509,7 @@ class MuonAdamW:
 
 
 def load_teacher(settings: Settings):
-    """(teacher, tokenizer) from a hub id or a folder, frozen, in settings.dtype on settings.device; UserError says what is wrong."""
+    """(teacher, tokenizer) from a hub id or a folder, in settings.dtype on settings.device; UserError says what is wrong."""
     name, code = settings.teacher, settings.trust_remote_code
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=code)
@@ -1657,18 +1666,24 @@ def measure(model, teacher, corpus, test, settings) -> dict:
         filler = corpus.filler("test", 32, length, random)
         row["recall_by_length"].append({"length": length, **{
             kind: recall_accuracy(model, *recall_prompts(keys, values, n, 32, random, filler), batch=8) for kind, n in (("needle", 1), ("multi_key", 8))}})
-    row["cache_length"] = settings.finetune_length
-    row["cache_bytes"] = cache_bytes(model, settings.finetune_length)
-    row["decode_ms"] = {str(n): round(1000 * decode_seconds(model, n), 3) for n in (settings.distill_length, 4 * settings.finetune_length)}
+    row["cache_length"], saved = settings.finetune_length, as_saved(model, teacher)
+    row["cache_bytes"] = cache_bytes(saved, settings.finetune_length)
+    row["decode_ms"] = {str(n): round(1000 * decode_seconds(saved, n), 3) for n in (settings.distill_length, 4 * settings.finetune_length)}
     return row
+
+
+def as_saved(model, teacher):
+    """A copy in the teacher's dtype, gates in fp32: what a user of the checkpoint will run, and so what is timed."""
+    model = copy.deepcopy(model).eval()
+    for name, p in model.named_parameters():
+        if not name.endswith(("A_log", "dt_bias")):
+            p.data = p.data.to(teacher.dtype)
+    return model
 
 
 def save_student(model, tokenizer, folder: Path, teacher) -> None:
     """A Hugging Face checkpoint that carries its own code: weights in the teacher's dtype, gates in fp32, tokenizer, kernels.py."""
-    model = copy.deepcopy(model)
-    for name, p in model.named_parameters():
-        if not name.endswith(("A_log", "dt_bias")):
-            p.data = p.data.to(teacher.dtype)
+    model = as_saved(model, teacher)
     beside = folder.with_name(folder.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
@@ -1863,6 +1878,8 @@ def resolve(settings: Settings, L: int | None = None) -> Settings:
         for stage in ("align", "select", "distill", "finetune"):
             if getattr(s, f"{stage}_{name}") < 1:
                 raise UserError(f"--{stage}-{name} must be at least 1, not {getattr(s, f'{stage}_{name}')}")
+    if s.held_out < 2:
+        raise UserError(f"--held-out must be at least 2, not {s.held_out}")
     if L is not None:
         if s.softmax_layers is None:
             s.softmax_layers = max(1, round(L / 4))
@@ -1870,7 +1887,9 @@ def resolve(settings: Settings, L: int | None = None) -> Settings:
             raise UserError(f"--softmax-layers must be within 1..{L} for a teacher of {L} layers, not {s.softmax_layers}")
         if re.fullmatch(r"\d+(,\d+)*", s.select):
             check_layers([int(i) for i in s.select.split(",")], L)
-        elif s.select not in ("ga-s2", "greedy"):
+        if s.early_stop and s.candidates_at_once and s.candidates_at_once < L:
+            raise UserError(f"--early-stop compares all candidates at the same step: --candidates-at-once must be {L} or be left out, not {s.candidates_at_once}")
+        if not re.match(r"\d", s.select) and s.select not in ("ga-s2", "greedy"):
             place_layers(s.select, L, s.softmax_layers, s.seed, s.teacher)
     return s
 
@@ -1885,6 +1904,8 @@ def main(argv=None) -> int:
             settings = resolve(settings, len(teacher.model.layers))
         else:
             settings = resolve(settings, EMBEDDED_LAYERS)
+        if settings.dry_run:                                             # a plan must not claim the run folder
+            settings.out = tempfile.mkdtemp(prefix="hybrid-distill-")
         run = Run(settings)
         signal.signal(signal.SIGINT, run.interrupt)
         if settings.teacher:
@@ -1910,6 +1931,8 @@ def main(argv=None) -> int:
     finally:
         if run is not None:
             run.close()
+        if settings.dry_run and run is not None:
+            shutil.rmtree(run.path)
     return 1
 
 

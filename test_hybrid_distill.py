@@ -1,5 +1,4 @@
 """Tests of hybrid_distill.py and kernels.py: `pytest`, no GPU and no network needed."""
-import importlib.util
 import json
 import math
 import os
