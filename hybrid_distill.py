@@ -925,6 +925,14 @@ BASELINES = ("all-linear", "uniform", "centred", "random", "first", "last")
 
 # ------------------------------------------------------------------------------------------------ the run folder
 
+@contextlib.contextmanager
+def replacing(target: Path):
+    """A path beside `target` to write to, renamed at the end: whoever reads finds the old file or the new one, never a half."""
+    beside = target.with_name(target.name + ".new")
+    yield beside
+    os.replace(beside, target)
+
+
 class Run:
     """A run folder: settings.json, metrics.jsonl, state/*.safetensors, and files that are written beside and renamed.
 
@@ -954,11 +962,8 @@ class Run:
         self.metrics = open(self.path / "metrics.jsonl", "a")
 
     def write(self, name: str, content) -> None:
-        """Beside first, then renamed: whoever reads finds the old file or the new one, never a half."""
-        target = self.path / name
-        beside = target.with_name(target.name + ".new")
-        beside.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
-        os.replace(beside, target)
+        with replacing(self.path / name) as beside:
+            beside.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
 
     def read(self, name: str):
         file = self.path / name
@@ -1039,7 +1044,8 @@ class RunObserver(Observer):
 
     def save(self, models, optimizer, finished):
         """One safetensors file: trained weights, optimizer and random state; its metadata names the step."""
-        self.bar.close() if finished else None
+        if finished:
+            self.bar.close()
         rows = self.run.rows[self.stage]
         if not rows:
             return
@@ -1051,12 +1057,10 @@ class RunObserver(Observer):
                            for key, value in slots.items())
             tensors["random"] = torch.get_rng_state()
         tensors = {name: t.contiguous().clone() if t._is_view() else t.contiguous() for name, t in tensors.items()}
-        file = self.run.state_file(self.stage)
-        beside = file.with_name(file.name + ".new")
         self.run.metrics.flush()
         os.fsync(self.run.metrics.fileno())
-        save_file(tensors, beside, metadata={"step": str(rows[-1]["step"])})
-        os.replace(beside, file)
+        with replacing(self.run.state_file(self.stage)) as beside:
+            save_file(tensors, beside, metadata={"step": str(rows[-1]["step"])})
         self.saved_at = time.monotonic()
 
     def _load(self, models, optimizer):
@@ -1239,9 +1243,8 @@ class Corpus:
                 with open(self.file, "ab") as file:
                     np.array(tokens, np.uint32).tofile(file)
                 self.meta.update(tokens=self.meta["tokens"] + len(tokens), documents=self.meta["documents"] + len(rows), ended=not rows)
-                beside = self.meta_file.with_name("tokens.json.new")
-                beside.write_text(json.dumps(self.meta))
-                os.replace(beside, self.meta_file)
+                with replacing(self.meta_file) as beside:
+                    beside.write_text(json.dumps(self.meta))
                 bar.update(len(tokens))
 
     def _text(self, row):
@@ -1442,10 +1445,9 @@ def embedded_teacher(corpus: EmbeddedCorpus, run: Run):
                        {"params": others, "lr": 0.01, "weight_decay": 0.0, "muon": False}]],
           losses, batches, TEACHER_STEPS, schedule=lambda step, steps: min(1, (step + 1) / 20, (steps - step) / (0.4 * steps)),
           make_optimizer=MuonAdamW, observer=Teaching(run, "teacher", TEACHER_STEPS))
-    beside = folder.with_name("teacher.new")
-    teacher.save_pretrained(beside)
-    corpus.tokenizer.save_pretrained(beside)
-    os.replace(beside, folder)
+    with replacing(folder) as beside:
+        teacher.save_pretrained(beside)
+        corpus.tokenizer.save_pretrained(beside)
     drop_weights(run, "teacher")
     return teacher
 
@@ -1569,8 +1571,7 @@ def run_pipeline(settings: Settings, run: Run, teacher, tokenizer, corpus) -> di
         del plan["all-linear"]
 
     done = {row["name"]: row for row in report["rows"]}
-    test = {kind: [tokens for tokens in of_kind] for kind, of_kind in
-            corpus.held_out("test", settings.held_out, settings.distill_length).items()}
+    test = corpus.held_out("test", settings.held_out, settings.distill_length)
 
     def add(row):
         report["rows"] = [*report["rows"], row]
@@ -1605,7 +1606,7 @@ def run_pipeline(settings: Settings, run: Run, teacher, tokenizer, corpus) -> di
     report["data"] = corpus.report
     report["complete"] = True
     report["stages"] = stage_summaries(run)
-    run.write("report.md", report_markdown(report, settings))
+    run.write("report.md", report_markdown(report))
     (run.path / "student" / "README.md").write_text(model_card(report, settings))
     run.write("report.json", report)
     return report
@@ -1697,8 +1698,8 @@ def drop_weights(run: Run, stage: str) -> None:
     file = run.state_file(stage)
     with safe_open(file, "pt") as state:
         metadata = state.metadata()
-    save_file({}, file.with_name(file.name + ".new"), metadata=metadata)
-    os.replace(file.with_name(file.name + ".new"), file)
+    with replacing(file) as beside:
+        save_file({}, beside, metadata=metadata)
 
 
 def stage_summaries(run: Run) -> list[dict]:
@@ -1735,7 +1736,7 @@ def rows_table(report: dict) -> str:
                   for row in report["rows"]])
 
 
-def report_markdown(report: dict, settings: Settings) -> str:
+def report_markdown(report: dict) -> str:
     selection = report["selection"]
     parts = [f"# {report['teacher']}: {len(selection['chosen'])} of {report['layers']} layers stay softmax\n", rows_table(report),
              "KL and perplexity: held-out test part, after all stages. Recall: the model writes the value of a key, greedily. "
