@@ -30,9 +30,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import importlib.machinery
 import functools
+import importlib.machinery
+import importlib.util
 import os
 import re
 import statistics
@@ -199,6 +199,14 @@ def sequence(cu_seqlens, first_chunk, s, tokens, C: tl.constexpr, VARLEN: tl.con
 
 
 @jit
+def chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Chunk c: its first token, and the rows from there to the end of its sequence (0: there is no such chunk)."""
+    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
+    start, length, first = sequence(cu_seqlens, first_chunk, tl.maximum(s, 0), tokens, C, VARLEN)
+    return start + (c - first) * C, tl.where(s < 0, 0, length - (c - first) * C)
+
+
+@jit
 def load_rows(x, token, left, head, HEADS: tl.constexpr, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr):
     """Tile [C, BD] of x [tokens, HEADS, D] from row `token` and column d0 on; zero behind `left` rows and D columns."""
     r, d = tl.arange(0, C), d0 + tl.arange(0, BD)
@@ -283,15 +291,14 @@ def prepare_kernel(q, k, g, beta, T, P, fq, fk, fr, gamma_C, cu_seqlens, first_c
     Grid (chunks, HV). Registers: A, T, P [C, C] fp32. Shared memory: q, k [C, BK] and the operands of the merges.
     Reads q, k, g, beta; writes T, P [chunks, HV, C, C] in the dtype of k, fq, fk, fr [tokens, HV], gamma_C [chunks, HV].
     """
-    c, h = tl.program_id(0), tl.program_id(1)
-    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
-    if s < 0:
+    c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
+    token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C, VARLEN)
+    chunk = c.to(tl.int64) * HV + h
+    if left <= 0:
         return
-    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    token, left, chunk = start + (c - first) * C, length - (c - first) * C, c.to(tl.int64) * HV + h
     # 1. the decay and the norms, as factors of rows
-    bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
-    bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+    bq = load_rows(q, token, left, hk, H, DK, 0, C, BK)
+    bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
     rq, rk = inverse_length(bq, NORM) * scale, inverse_length(bk, NORM)
     D, gamma, rest, last = decay(load_gate(g, token, left, h, HV, C), C)
     store_gate(fq, gamma * rq, token, left, h, HV, C)
@@ -340,13 +347,14 @@ def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S
     Writes o and the final state; or, for the backward pass (SAVE), U~ and the state at the start of each chunk.
     """
     v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    hk = h // (HV // H)
     dt = k.dtype.element_ty
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
     row = s.to(tl.int64) * HV + h
     S = load_matrix(S0, row, v0, DK, DV, BK, BV) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
     for n in range(tl.cdiv(length, C)):
         token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
-        bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+        bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
         bv = load_rows(v, token, left, h, HV, DV, v0, C, BV)
         bT = load_matrix(T, chunk, 0, C, C, C, C)
         b, k_in = load_gate(beta, token, left, h, HV, C), load_gate(fk, token, left, h, HV, C)
@@ -359,7 +367,7 @@ def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S
             store_matrix(states, S, chunk, v0, DK, DV, BK, BV)
         else:
             # 2. O = gamma Q S_0 + P U~
-            bq, bP = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK), load_matrix(P, chunk, 0, C, C, C, C)
+            bq, bP = load_rows(q, token, left, hk, H, DK, 0, C, BK), load_matrix(P, chunk, 0, C, C, C, C)
             bo = load_gate(fq, token, left, h, HV, C)[:, None] * tl.dot(bq, Sd, input_precision="ieee")
             bo += tl.dot(bP, bU.to(dt), input_precision="ieee")
             store_rows(o, bo, token, left, h, HV, DV, v0, C, BV)
@@ -385,6 +393,7 @@ def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, 
     final state's gradient; writes X, the gradient of the state at the end of each chunk, and that of the initial state.
     """
     v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    hk = h // (HV // H)
     dt = k.dtype.element_ty
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
     row, chunks = s.to(tl.int64) * HV + h, tl.cdiv(length, C)
@@ -392,8 +401,8 @@ def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, 
     for m in range(chunks):
         n = chunks - 1 - m
         token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
-        bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
-        bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
+        bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
+        bq = load_rows(q, token, left, hk, H, DK, 0, C, BK)
         bdo = load_rows(do, token, left, h, HV, DV, v0, C, BV)
         bT, bP = load_matrix(T, chunk, 0, C, C, C, C), load_matrix(P, chunk, 0, C, C, C, C)
         store_matrix(dstates, dS, chunk, v0, DK, DV, BK, BV)
@@ -427,12 +436,11 @@ def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seql
     Reads q, k, v, dO, U~, X, g, beta; writes dv, dP and beta dA [chunks, HV, C, C] (divided by the lengths of the norm,
     so that they multiply q and k as they stand in memory) and the sums [4, tokens, HV].
     """
-    c, h = tl.program_id(0), tl.program_id(1)
-    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
-    if s < 0:
+    c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
+    token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C, VARLEN)
+    chunk = c.to(tl.int64) * HV + h
+    if left <= 0:
         return
-    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    token, left, chunk = start + (c - first) * C, length - (c - first) * C, c.to(tl.int64) * HV + h
     b = load_gate(beta, token, left, h, HV, C)
     # 1. dO U~^T, X U~^T, X.V, dV
     bP, bA, xv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
@@ -444,8 +452,8 @@ def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seql
         xv += tl.sum(bX.to(tl.float32) * bv.to(tl.float32), 1)
         store_rows(dv, b[:, None] * bX, token, left, h, HV, DV, v0, C, BV)
     # 2. dP, dA
-    bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
-    bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+    bq = load_rows(q, token, left, hk, H, DK, 0, C, BK)
+    bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
     rq, rk = inverse_length(bq, NORM) * scale, inverse_length(bk, NORM)
     D, gamma, rest, last = decay(load_gate(g, token, left, h, HV, C), C)
     D *= rk[None, :]
@@ -481,14 +489,13 @@ def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dst
     Grid (chunks, HV). Registers: dq, then dk with one of Z and R, [C, BK] fp32. Shared memory: q, k [C, BK], dP, dA [C, C],
     tiles [BK, BV] of the states and [C, BV] of dO, U~, X. Reads all those, the factors, beta, sums; writes dq, dk, dg, dbeta.
     """
-    c, h = tl.program_id(0), tl.program_id(1)
-    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
-    if s < 0:
+    c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
+    token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C, VARLEN)
+    chunk = c.to(tl.int64) * HV + h
+    if left <= 0:
         return
-    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
-    token, left, chunk = start + (c - first) * C, length - (c - first) * C, c.to(tl.int64) * HV + h
-    bq = load_rows(q, token, left, h // (HV // H), H, DK, 0, C, BK)
-    bk = load_rows(k, token, left, h // (HV // H), H, DK, 0, C, BK)
+    bq = load_rows(q, token, left, hk, H, DK, 0, C, BK)
+    bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
     b, bP = load_gate(beta, token, left, h, HV, C), load_matrix(dP, chunk, 0, C, C, C, C)
     # 1. dQ
     Y = tl.zeros([C, BK], tl.float32)
@@ -572,7 +579,7 @@ def triton_tiles(Dk, Dv, dtype):
     C = (64 if BK <= 128 else 32) if narrow else (32 if BK <= 128 else 16)
     return (C, dict(BK=BK, num_warps=4),
             dict(BK=BK, BV=min(BV, 32 if narrow or BK <= 64 else 16), num_warps=4, num_stages=2),
-            dict(BK=BK, BV=min(BV, 64 if narrow and BK <= 128 else 32), num_warps=4, num_stages=2))
+            dict(BK=BK, BV=min(BV, 128 if narrow and BK <= 128 else 32), num_warps=4, num_stages=1))
 
 
 def chunk_table(q, cu_seqlens, C):
@@ -596,7 +603,7 @@ OPS = "hybrid_distill_" + re.sub(r"\W", "_", __name__)    # a namespace a module
 
 
 def forward_outputs(q, v, g, cu_seqlens):
-    """Empty tensors for what triton_forward returns (also its fake implementation under torch.compile)."""
+    """Empty tensors for what launch_forward returns (and what torch.compile puts in its place)."""
     (B, tokens, _, Dk), (HV, Dv) = q.shape, v.shape[2:]
     C = triton_tiles(Dk, Dv, q.dtype)[0]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -605,8 +612,7 @@ def forward_outputs(q, v, g, cu_seqlens):
             g.new_empty(3, B, tokens, HV), g.new_empty(chunks, HV))
 
 
-@torch.library.custom_op(f"{OPS}::chunk_forward", mutates_args=())
-def triton_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
                    cu_seqlens: Optional[Tensor], norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> o, final state; and for the backward pass T, P, (fq, fk, fr), gamma_C. Contiguous inputs; q, k, v of one dtype."""
     tokens, H, Dk, HV, Dv = *q.shape[1:], *v.shape[2:]
@@ -623,8 +629,7 @@ def triton_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sca
     return o, S_out, T, P, factors, gamma_C
 
 
-@torch.library.custom_op(f"{OPS}::chunk_backward", mutates_args=())
-def triton_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
+def launch_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
                     cu_seqlens: Optional[Tensor], norm: bool, T: Tensor, P: Tensor, factors: Tensor, gamma_C: Tensor,
                     do: Tensor, dS_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of q, k, v, g, beta and initial_state (empty without one)."""
@@ -654,8 +659,7 @@ def triton_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sc
     return dq, dk, dv, dg, dbeta, dS0
 
 
-@torch.library.custom_op(f"{OPS}::decode", mutates_args=())
-def triton_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
+def launch_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
                   norm: bool) -> tuple[Tensor, Tensor]:
     """-> o, new state. Contiguous inputs."""
     B, tokens, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
@@ -667,38 +671,50 @@ def triton_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scal
     return o, S_out
 
 
-def _save(ctx, inputs, output):
-    q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.norm = inputs
-    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2:])
-
-
-def _backward(ctx, do, dS_out, *unused):
-    q, k, v, g, beta, initial_state, cu_seqlens, *saved = ctx.saved_tensors
-    *grads, dS0 = triton_backward(q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.norm, *saved, do.contiguous(),
-                                  dS_out.contiguous())
-    return *grads, None, None if initial_state is None else dS0, None, None
-
-
-triton_forward.register_autograd(_backward, setup_context=_save)
-triton_forward.register_fake(lambda q, k, v, g, beta, scale, initial_state, cu_seqlens, norm: forward_outputs(q, v, g, cu_seqlens))
-triton_backward.register_fake(lambda q, k, v, g, beta, scale, initial_state, *_: (
+# The same as custom ops, for torch.compile. Eager PyTorch calls the functions: an op costs as much host time as a launch.
+forward_op, backward_op, decode_op = (torch.library.custom_op(f"{OPS}::{f.__name__}", f, mutates_args=())
+                                      for f in (launch_forward, launch_backward, launch_decode))
+forward_op.register_fake(lambda q, k, v, g, beta, scale, initial_state, cu_seqlens, norm: forward_outputs(q, v, g, cu_seqlens))
+backward_op.register_fake(lambda q, k, v, g, beta, scale, initial_state, *_: (
     *(torch.empty_like(x) for x in (q, k, v, g, beta)), g.new_empty(0) if initial_state is None else torch.empty_like(initial_state)))
-triton_decode.register_fake(lambda q, k, v, g, *_: (torch.empty_like(v), g.new_empty(q.shape[0], v.shape[2], q.shape[3], v.shape[3])))
+decode_op.register_fake(lambda q, k, v, g, *_: (torch.empty_like(v), g.new_empty(q.shape[0], v.shape[2], q.shape[3], v.shape[3])))
+
+
+def launch(function, op, *inputs):
+    return op(*inputs) if torch.compiler.is_compiling() else function(*inputs)
+
+
+class ChunkedTriton(torch.autograd.Function):
+    """The Triton kernels behind autograd: (q, k, v, g, beta, scale, initial_state, cu_seqlens, norm) -> o, final state."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, scale, initial_state, cu_seqlens, norm):
+        o, S, *factors = launch(launch_forward, forward_op, q, k, v, g, beta, scale, initial_state, cu_seqlens, norm)
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *factors)
+        ctx.scale, ctx.norm = scale, norm
+        return o, S
+
+    @staticmethod
+    def backward(ctx, do, dS_out):
+        q, k, v, g, beta, initial_state, cu_seqlens, *factors = ctx.saved_tensors
+        *grads, dS0 = launch(launch_backward, backward_op, q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.norm, *factors,
+                             do.contiguous(), dS_out.contiguous())
+        return *grads, None, None if initial_state is None else dS0, None, None
 
 
 # ------------------------------------------------------------------------------------------- the switch
 
 def example(B, T, H, HV, Dk, Dv, kind="random", dtype=torch.float32, device="cpu", seed=0):
     """q, k, v, g, beta, initial state. kind: random; identical (one key, beta -> 1, no decay); underflow (g = -1000 at places)."""
-    rng = torch.Generator().manual_seed(seed)
-    randn, rand = (functools.partial(f, generator=rng) for f in (torch.randn, torch.rand))
+    rng = torch.Generator(device).manual_seed(seed)
+    randn, rand = (functools.partial(f, generator=rng, device=device) for f in (torch.randn, torch.rand))
     q, k, v, S0 = randn(B, T, H, Dk), randn(B, T, H, Dk), randn(B, T, HV, Dv), randn(B, HV, Dk, Dv)
     g, beta = -0.3 * rand(B, T, HV), rand(B, T, HV)
     if kind == "identical":
         k, g, beta = k[:, :1].expand_as(k), 0 * g, torch.full_like(beta, 0.9999)
     if kind == "underflow":
         g = torch.where(rand(B, T, HV) < 0.1, -1000.0, g)
-    return [x.to(device, dtype) for x in (q, k, v)] + [x.to(device) for x in (g, beta, S0)]
+    return [q.to(dtype), k.to(dtype), v.to(dtype), g, beta, S0]
 
 
 def everything(rule, inputs, seed=1, **options):
@@ -720,7 +736,7 @@ def trial(device, dtype, H, HV, Dk, Dv):
     """-> errors of the Triton kernels on three ragged chunks: o, final state, six gradients, and o of the decoding kernel."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.split(":")[0], enabled=False):
         inputs = example(1, 130, H, HV, Dk, Dv, "random", dtype, device)
-        step, _ = triton_decode(*inputs[:5], Dk ** -0.5, inputs[5], True)
+        step, _ = launch_decode(*inputs[:5], Dk ** -0.5, inputs[5], True)
         truth = everything(recurrent_gated_delta_rule, [x.double() for x in inputs])[0]
         return errors(chunk_gated_delta_rule, inputs, backend="unchecked triton") + [((step - truth).norm() / truth.norm()).item()]
 
@@ -730,7 +746,8 @@ def why_not_triton(device, dtype, H, HV, Dk, Dv):
     """None if the Triton kernels give, on this device and for these heads, what the recurrence gives; else the reason.
 
     An import that succeeds proves nothing, and a compiler can be wrong at one head size only (triton_tiles): so the kernels
-    are launched, forward and backward, and compared. Once a process, device and kind of head: a second or so, mostly compiling.
+    are launched, forward and backward, and compared. Once a process, device and kind of head: some ten
+    seconds of compiling when Triton's cache on disk does not have the kernels yet.
     """
     if triton is None:
         return "the package triton is not installed"
@@ -778,34 +795,32 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
 
 def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens=None):
     """Raise one sentence that says what is wrong and what would be right. Shapes are those of chunk_gated_delta_rule."""
-    def need(true, sentence):
-        if not true:
-            raise ValueError(sentence)
-
-    need(q.ndim == 4 and 0 not in q.shape, f"q must be [B, T, H, Dk] and not empty, not {list(q.shape)}")
-    B, T, H, Dk = q.shape
-    need(k.shape == q.shape, f"k must have the shape of q, {list(q.shape)}, not {list(k.shape)}")
-    need(v.ndim == 4 and v.shape[:2] == q.shape[:2] and v.numel() > 0, f"v must be [{B}, {T}, HV, Dv] like q, not {list(v.shape)}")
-    HV, Dv = v.shape[2:]
-    need(HV % H == 0, f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
-    for name, x in (("g", g), ("beta", beta)):
-        need(x.shape == v.shape[:3], f"{name} must be [B, T, HV] = {[B, T, HV]}, not {list(x.shape)}")
-    N = B
+    for name, x in dict(q=q, v=v).items():
+        if x.ndim != 4 or x.numel() == 0 or x.shape[:2] != q.shape[:2]:
+            raise ValueError(f"{name} must be [B, T, {'H, Dk' if name == 'q' else 'HV, Dv'}], not empty and of the B and T of q, not {list(x.shape)}")
+    (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
+    if HV % H:
+        raise ValueError(f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
+    sequences = B
     if cu_seqlens is not None:
-        need(cu_seqlens.ndim == 1 and len(cu_seqlens) > 1 and cu_seqlens.dtype in (torch.int32, torch.int64),
-             f"cu_seqlens must be [N + 1] of int64 (or int32), not {list(cu_seqlens.shape)} of {cu_seqlens.dtype}")
-        need(B == 1, f"with cu_seqlens the sequences are packed in one row: B must be 1, not {B}")
-        N = len(cu_seqlens) - 1
-        if not torch.compiler.is_compiling():                            # reads values: not inside a compiled graph
-            ends = cu_seqlens.tolist()
-            need(ends[0] == 0 and ends[-1] == T and all(a < b for a, b in zip(ends, ends[1:])),
-                 f"cu_seqlens must rise from 0 to T = {T} without an empty sequence, not {str(ends)[:100]}")
-    if initial_state is not None:
-        need(initial_state.shape == (N, HV, Dk, Dv),
-             f"initial_state must be [{'B' if cu_seqlens is None else 'N'}, HV, Dk, Dv] = {[N, HV, Dk, Dv]}, not {list(initial_state.shape)}")
-    for name, x in dict(k=k, v=v, g=g, beta=beta, initial_state=initial_state, cu_seqlens=cu_seqlens).items():
-        need(x is None or x.device == q.device, f"{name} must be on the device of q, {q.device}, not on {x.device if x is not None else ''}")
-        need(x is None or name == "cu_seqlens" or x.is_floating_point(), f"{name} must be of a floating-point dtype, not {x.dtype if x is not None else ''}")
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens must be [N + 1] of int64 (or int32), not {list(cu_seqlens.shape)} of {cu_seqlens.dtype}")
+        if B != 1:
+            raise ValueError(f"with cu_seqlens the sequences are packed in one row: B must be 1, not {B}")
+        sequences = len(cu_seqlens) - 1
+        ends = [0, T] if torch.compiler.is_compiling() else cu_seqlens.tolist()        # a compiled graph cannot read values
+        if ends[0] != 0 or ends[-1] != T or any(a >= b for a, b in zip(ends, ends[1:])):
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {T} without an empty sequence, not {str(ends)[:100]}")
+    shapes = dict(q=q.shape, k=q.shape, v=v.shape, g=v.shape[:3], beta=v.shape[:3], initial_state=(sequences, HV, Dk, Dv))
+    for (name, shape), x in zip(shapes.items(), (q, k, v, g, beta, initial_state)):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, not {list(x.shape)}")
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name} must be of a floating-point dtype, not {x.dtype}")
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, not on {x.device}")
+    if cu_seqlens is not None and cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, not on {cu_seqlens.device}")
 
 
 def one_dtype(q, k, v):
@@ -825,7 +840,8 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
     brought to one dtype, gates and state to fp32 (fp64 stays fp64 in PyTorch). scale: Dk^-1/2 unless given.
     initial_state [B, HV, Dk, Dv] or None. cu_seqlens [N + 1]: N sequences packed in one row (B = 1), sequence n from
     cu_seqlens[n] to cu_seqlens[n + 1]; the states are then [N, HV, Dk, Dv]. backend: "auto" (Triton on a GPU), "torch", "triton".
-    Returns o [B, T, HV, Dv] in the dtype of q, k, v, and the final state (fp32 or fp64), or None.
+    Returns o [B, T, HV, Dv] in the dtype of q, k, v, and the final state (fp32 or fp64), or None. In fp16, with the norm, the
+    Triton backward holds gradients divided by |q| |k|, which overflow for keys that are all but zero: prefer bf16.
     Raises ValueError for inputs that do not fit, RuntimeError where backend="triton" is not possible: one sentence each.
     Source: [1] and [2]; keyword names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3].
     """
@@ -837,7 +853,7 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
     if backend != "torch":
         g, beta, initial_state = (None if x is None else x.float().contiguous() for x in (g, beta, initial_state))
         q, k, v = (x.contiguous() for x in (q, k, v))
-        o, S = triton_forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, use_qk_l2norm_in_kernel)[:2]
+        o, S = ChunkedTriton.apply(q, k, v, g, beta, scale, initial_state, cu_seqlens, use_qk_l2norm_in_kernel)
     elif cu_seqlens is None:
         o, S = chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
     else:
@@ -864,17 +880,16 @@ def decode_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, ou
         return recurrent_gated_delta_rule(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel)
     g, beta, initial_state = (None if x is None else x.float().contiguous() for x in (g, beta, initial_state))
     q, k, v = (x.contiguous() for x in (q, k, v))
-    o, S = triton_decode(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
+    o, S = launch(launch_decode, decode_op, q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
     return o, S if output_final_state else None
 
 
 # ------------------------------------------------------------------------------------------- check and benchmark
 
 def check(device):
-    """Print the relative RMS error of every available backend against the fp64 recurrence, over inputs that can see bugs."""
+    """Print the relative RMS error of every backend this machine has, over inputs that can see bugs."""
     print(f"\nRelative RMS error against the fp64 recurrence on {device}: o, final state, dq, dk, dv, dg, dbeta, d initial state")
-    backends = ["torch"] + ["triton"] * (device == "cuda" and why_not_triton(device, torch.bfloat16, 2, 4, 64, 64) is None)
-    for backend in backends:
+    for backend in ["torch"] + ["triton"] * (why_not_triton(device, torch.float32, 2, 4, 64, 64) is None):
         for dtype in (torch.float32, torch.bfloat16)[: 1 + (backend == "triton")]:
             for T, Dk, Dv in ((1, 64, 64), (75, 60, 100), (200, 128, 64)):
                 for kind in ("random", "identical", "underflow"):
@@ -883,7 +898,7 @@ def check(device):
 
 
 def seconds(function, device, budget=0.5):
-    """Median time of one call: at least three samples, about `budget` seconds in all."""
+    """Median seconds of one call over at least three samples, about `budget` seconds in all; or why it does not run."""
     def sample(n):
         start = time.perf_counter()
         for _ in range(n):
@@ -891,138 +906,106 @@ def seconds(function, device, budget=0.5):
         if device == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / n
-    sample(1)
-    once = sample(1)
-    n = max(1, int(0.01 / once)) if device == "cuda" else 1              # short GPU work: many calls between two clocks
-    return statistics.median(sample(n) for _ in range(max(3, min(25, int(budget / (n * once))))))
+    try:
+        once = [sample(1) for _ in range(3)][-1]
+        n = max(1, int(0.01 / once)) if device == "cuda" else 1              # short GPU work: many calls between two clocks
+        return statistics.median(sample(n) for _ in range(max(3, min(25, int(budget / (n * once))))))
+    except RuntimeError as error:                                            # also torch.OutOfMemoryError
+        return " ".join(str(error).split())[:60]
 
 
-def rivals(device):
-    """-> {name: rule(q, k, v, g, beta)}: ours and whatever else can be imported."""
-    rules = {"ours, torch": functools.partial(chunk_gated_delta_rule, backend="torch")}
-    if device == "cuda":
-        if why_not_triton(device, torch.bfloat16, 16, 16, 64, 64) is None:
-            rules["ours, triton"] = functools.partial(chunk_gated_delta_rule, backend="triton")
-        with contextlib.suppress(ImportError):
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla
-            rules["FLA"] = fla
-        rules["SDPA causal"] = lambda q, k, v, g, beta: (
-            F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True),)
+def rates(device, dtype):
+    """-> this device's own bytes/s of a copy (read and written) and FLOP/s of a matmul."""
+    n = 8192 if device == "cuda" else 2048
+    buffer, square = torch.empty(16 * n * n, dtype=torch.uint8, device=device), torch.randn(n, n, device=device).to(dtype)
+    return 2 * buffer.numel() / seconds(buffer.clone, device), 2 * n**3 / seconds(lambda: square @ square, device)
+
+
+def benchmark(device):
+    """-> rates(device), rows of case, name, seconds forward, seconds forward + backward, and for ours FLOPs and least bytes of each."""
+    rules = {"ours, torch": functools.partial(chunk_gated_delta_rule, backend="torch", use_qk_l2norm_in_kernel=True)}
     with contextlib.suppress(ImportError):
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
-        rules["transformers"] = torch_chunk_gated_delta_rule
-    return {name: rule if "SDPA" in name else functools.partial(rule, use_qk_l2norm_in_kernel=True) for name, rule in rules.items()}
+        rules["transformers"] = functools.partial(torch_chunk_gated_delta_rule, use_qk_l2norm_in_kernel=True)
+    cases, dtype = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)], torch.float32
+    if device == "cuda":
+        cases, dtype = [(6, 1024 << i, 16, D) for D in (64, 128) for i in range(7)], torch.bfloat16
+        rules["ours, triton"] = functools.partial(chunk_gated_delta_rule, backend="triton", use_qk_l2norm_in_kernel=True)
+        rules["SDPA causal"] = lambda q, k, v, g, beta: (
+            F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True),)
+        with contextlib.suppress(ImportError):
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla, fused_recurrent_gated_delta_rule as fla_step
+            rules["FLA"] = functools.partial(fla, use_qk_l2norm_in_kernel=True)
+    rows, slow = [], set()
+    for B, T, H, D in cases:
+        inputs = [x.requires_grad_() for x in example(B, T, H, H, D, D, dtype=dtype, device=device)[:5]]
+        n = B * T * H                                                        # at least q, k, v, o; then also do, dq, dk, dv and q, k, v again
+        cost = n * (8 * 64 + 6 * D) * D, n * 4 * D * dtype.itemsize, n * (30 * 64 + 22 * D) * D, n * 11 * D * dtype.itemsize
+        for name, rule in rules.items():
+            if (name, D) in slow:
+                continue
 
-
-def measure(rule, inputs, device):
-    """-> seconds of forward, of forward + backward; a sentence where it does not run."""
-    def both():
-        o = rule(*inputs)[0]
-        torch.autograd.grad(o, [x for x in inputs if x.requires_grad], torch.ones_like(o), allow_unused=True)
-    times = []
-    for run in (torch.no_grad()(lambda: rule(*inputs)), both):
-        try:
-            times.append(seconds(run, device))
-        except torch.OutOfMemoryError:
-            times.append("out of memory")
-        except RuntimeError as error:
-            times.append(" ".join(str(error).split())[:60])
-    return times
-
-
-def benchmark_cpu():
-    rows, rules = [], rivals("cpu")
-    for shape in ((4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)):
-        B, T, H, D = shape
-        inputs = [x.requires_grad_() for x in example(B, T, H, H, D, D)[:5]]
-        times = {name: measure(rule, inputs, "cpu") for name, rule in rules.items()}
-        for name, (forward, both) in times.items():
-            rows.append([f"{shape}", name, f"{1e3 * forward:.1f} ms", f"{1e3 * both:.1f} ms", f"{times['transformers'][1] / both:.2f}x"
-                         if "transformers" in times else "-"])
-    if "transformers" in rules:
-        ratio = statistics.median(float(r[4][:-1]) for r in rows if r[1] == "ours, torch")
-        rows.append(["median", "ours, torch", "", "", f"{ratio:.2f}x"])
-    return ["(B, T, H, D), fp32", "", "forward", "forward + backward", "transformers / this"], rows
-
-
-def benchmark_gpu(B=6, H=16):
-    device, rows, curves = "cuda", [], {}
-    big = torch.empty(2**30, dtype=torch.uint8, device=device)
-    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
-    copy = 2 * big.numel() / seconds(lambda: big.clone(), device)
-    matmul = 2 * 8192**3 / seconds(lambda: square @ square, device)
-    print(f"copy {copy / 1e12:.2f} TB/s, bf16 matmul {matmul / 1e12:.0f} TFLOP/s")
-    del big, square
-    for D in (64, 128):
-        rules = rivals(device)
-        for T in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
-            inputs = [x.requires_grad_() for x in example(B, T, H, H, D, D, dtype=torch.bfloat16, device=device)[:5]]
-            # what must at least be moved: q, k, v, o and back q, k, v, do, dq, dk, dv (gates are small); and the chunk's products
-            least = B * T * H * D * 2 * 4, B * T * H * D * 2 * 11
-            work = B * T * H * (8 * 64 * D + 6 * D * D), B * T * H * (30 * 64 * D + 22 * D * D)
-            for name, rule in list(rules.items()):
-                forward, both = measure(rule, inputs, device)
-                row = [f"d={D} T={T}", name]
-                for t, bytes_, flops in zip((forward, both), least, work):
-                    row += [t] if isinstance(t, str) else [f"{1e3 * t:.2f} ms" + (
-                        f" ({bytes_ / t / copy:.0%} of copy, {flops / t / matmul:.0%} of matmul)" if "triton" in name else "")]
-                rows.append(row)
-                print(*row, sep=" | ", flush=True)
-                for what, t in (("forward", forward), ("forward + backward", both)):
-                    if not isinstance(t, str):
-                        curves.setdefault((D, what), {}).setdefault(name, []).append((T, 1e3 * t))
-                if isinstance(both, str) and isinstance(forward, str) or not isinstance(both, str) and both > 0.5:
-                    rules.pop(name)                                      # longer only takes longer
-            del inputs
-            with torch.no_grad():
-                q, k, v, g, beta, S = example(B, 1, H, H, D, D, dtype=torch.bfloat16, device=device)
-                steps = {"ours": lambda: decode_gated_delta_rule(q, k, v, g, beta, initial_state=S, output_final_state=True)}
-                with contextlib.suppress(ImportError):
-                    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as fla_step
-                    steps["FLA"] = lambda: fla_step(q, k, v, g, beta, initial_state=S, output_final_state=True)
-                cache = torch.randn(2, B, H, T, D, dtype=torch.bfloat16, device=device)
-                steps["SDPA with cache"] = lambda: F.scaled_dot_product_attention(q.transpose(1, 2), *cache)
-                rows.append([f"d={D} T={T}", "one decoding step", "; ".join(
-                    f"{name} {1e6 * seconds(step, device):.0f} us" for name, step in steps.items()), ""])
-                print(*rows[-1], sep=" | ", flush=True)
-    return [f"bf16, B H = {B * H}", "", "forward", "forward + backward"], rows, curves
+            def both():
+                o = rule(*inputs)[0]
+                torch.autograd.grad(o, inputs, torch.ones_like(o), allow_unused=True)
+            times = seconds(torch.no_grad()(lambda: rule(*inputs)), device), seconds(both, device)
+            rows.append([f"B={B} T={T} H={H} d={D}", name, *times, *(cost if name.startswith("ours") else [None] * 4)])
+            print(*rows[-1][:4], sep="; ", flush=True)                       # a run that is cut off leaves what it measured
+            if device == "cuda" and (isinstance(times[0], str) or any(t > 0.4 for t in times if not isinstance(t, str))):
+                slow.add((name, D))                                          # a longer T only takes longer
+        if device == "cuda":
+            q, k, v, g, beta, S = example(B, 1, H, H, D, D, dtype=dtype, device=device)
+            cache = torch.randn(2, B, H, T, D, dtype=dtype, device=device)
+            steps = {"ours": lambda: decode_gated_delta_rule(q, k, v, g, beta, initial_state=S, output_final_state=True),
+                     "SDPA, cache": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), *cache)}
+            if "FLA" in rules:
+                steps["FLA"] = lambda: fla_step(q, k, v, g, beta, initial_state=S, output_final_state=True)
+            rows += [[f"one token after {T}, d={D}", name, seconds(torch.no_grad()(step), device), "-", *[None] * 4] for name, step in steps.items()]
+    return rates(device, dtype), rows
 
 
 def main():
     parser = argparse.ArgumentParser(description="Check every backend against the fp64 recurrence, then benchmark.")
-    parser.add_argument("--out", default="benchmark", help="folder for the table and the figure")
-    out = Path(parser.parse_args().out)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{machine}; torch {torch.__version__}, triton {triton.__version__ if triton else '-'}")
+    parser.add_argument("--out", type=Path, default="benchmark", help="folder for the table and the figure")
+    out, device = parser.parse_args().out, "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    title = f"{name}; torch {torch.__version__}, triton {triton.__version__ if triton else 'not installed'}"
+    print(title)
     check(device)
-    head, rows, curves = benchmark_gpu() if device == "cuda" else (*benchmark_cpu(), {})
-    lines = [f"{machine}, torch {torch.__version__}", "", *(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])]
+    (copy, matmul), rows = benchmark(device)
+    time_of = {(case, name): both for case, name, _, both, *_ in rows}
+    text = lambda t: t if isinstance(t, str) else f"{1e3 * t:.3g} ms"
+    share = lambda t, flops, bytes_: "-" if isinstance(t, str) or not flops else f"{bytes_ / t / copy:.0%}, {flops / t / matmul:.0%}"
+    lines = [title, f"This device: copy {copy / 1e9:.0f} GB/s, matmul {matmul / 1e12:.3g} TFLOP/s.", "",
+             "| case | rule | forward | of copy, of matmul | forward + backward | of copy, of matmul | this / ours |", "|---" * 7 + "|"]
+    ratios = []
+    for case, rule, forward, both, f1, b1, f2, b2 in rows:
+        best = time_of.get((case, "ours, triton"), time_of.get((case, "ours, torch"), "-"))
+        ratio = "-" if isinstance(both, str) or isinstance(best, str) else f"{both / best:.2f}x"
+        ratios += [both / best] if rule == "transformers" and ratio != "-" else []
+        lines.append(f"| {case} | {rule} | {text(forward)} | {share(forward, f1, b1)} | {text(both)} | {share(both, f2, b2)} | {ratio} |")
+    if ratios:
+        lines += ["", f"transformers' time / ours, forward + backward, median over the cases: {statistics.median(ratios):.2f}x"]
     if device == "cpu":
-        lines += ["", "GPU rows (Triton, FLA, SDPA): not measured, no CUDA device here."]
+        lines += ["", "GPU rows (Triton, FLA, SDPA, decoding): not measured, this machine has no CUDA device."]
+    print("\n" + "\n".join(lines))
     out.mkdir(parents=True, exist_ok=True)
     (out / f"kernels_{device}.md").write_text("\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines))
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    if device == "cuda":
-        figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True)
-        for axis, ((D, what), lines) in zip(axes.flat, curves.items()):
-            for name, points in lines.items():
-                axis.loglog(*zip(*points), "o-", label=name, base=2)
-            axis.set(title=f"{what}, d = {D}, {head[0]}", xlabel="T", ylabel="ms")
-            axis.legend()
-    else:
-        figure, axis = plt.subplots(figsize=(8, 4))
-        for i, name in enumerate(dict.fromkeys(r[1] for r in rows if r[3])):
-            mine = [r for r in rows if r[1] == name and r[3]]
-            axis.bar([x + 0.4 * i for x in range(len(mine))], [float(r[3].split()[0]) for r in mine], 0.4, label=name)
-        axis.set(title=f"forward + backward, {machine}", ylabel="ms", yscale="log", xticks=range(len(mine)), xticklabels=[r[0] for r in mine])
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True)
+    for axis, i, what in zip(axes, (2, 3), ("forward", "forward + backward")):
+        for rule in dict.fromkeys(r[1] for r in rows if r[3] != "-"):
+            mine = [(r[0], 1e3 * r[i]) for r in rows if r[1] == rule and r[3] != "-" and not isinstance(r[i], str)]
+            axis.semilogy(*zip(*mine), "o", label=rule)
+        axis.set(title=f"{what}, ms", ylabel="ms")
+        axis.tick_params("x", rotation=90)
         axis.legend()
+    figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(out / f"kernels_{device}.png", dpi=120)
-    print(f"\nwritten: {out / f'kernels_{device}.md'} and .png")
+    print(f"\nwritten to {out}: kernels_{device}.md, kernels_{device}.png")
 
 
 def __getattr__(name):
