@@ -1035,8 +1035,8 @@ class RunObserver(Observer):
         self.last = now
         self.run.rows[self.stage].append(row)
         self.run.log(row)
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}" if "loss" in row else "", refresh=False)
         self.bar.update(row["step"] - self.bar.n)
-        self.bar.set_postfix_str(f"loss {row['loss']:.4f}" if "loss" in row else "")
         if self.run.interrupted or now - self.saved_at > self.run.settings.save_seconds:
             self.save(models, optimizer, finished=False)
         if self.run.interrupted:
@@ -1861,6 +1861,10 @@ def resolve(settings: Settings, L: int | None = None) -> Settings:
     s = copy.copy(settings)
     if bool(s.teacher) != bool(s.data):
         raise UserError("--teacher and --data go together: a teacher's tokenizer needs text, and the embedded teacher reads only its own corpus")
+    defaults = Settings()
+    for name in () if s.teacher else ("text_column", "data_config", "chat", "trust_remote_code"):
+        if getattr(s, name) != getattr(defaults, name):
+            raise UserError(f"--{name.replace('_', '-')} is for --teacher and --data; leave it out for the embedded teacher and corpus")
     for name, value in (PAPER if s.teacher else EMBEDDED).items():
         if getattr(s, name) is None and not (name == "candidates_at_once" and s.early_stop):      # early stopping compares all of them
             setattr(s, name, value)
@@ -1868,6 +1872,8 @@ def resolve(settings: Settings, L: int | None = None) -> Settings:
     s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") and s.teacher else "float32")
     if s.dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype must be bfloat16 or float32, not {s.dtype}")
+    if s.dtype == "bfloat16" and not s.teacher:
+        raise UserError("--dtype bfloat16 is for --teacher; the embedded teacher is trained in float32")
     unknown = [name for name in filter(None, s.baselines.split(",")) if name not in BASELINES]
     if unknown:
         raise UserError(f"--baselines knows {', '.join(BASELINES)}, not {unknown[0]!r}")

@@ -579,7 +579,7 @@ def triton_tiles(Dk, Dv, dtype):
     C = (64 if BK <= 128 else 32) if narrow else (32 if BK <= 128 else 16)
     return (C, dict(BK=BK, num_warps=4),
             dict(BK=BK, BV=min(BV, 32 if narrow or BK <= 64 else 16), num_warps=4, num_stages=2),
-            dict(BK=BK, BV=min(BV, 128 if narrow and BK <= 128 else 32), num_warps=4, num_stages=1))
+            dict(BK=BK, BV=min(BV, {torch.bfloat16: 128, torch.float16: 64}.get(dtype, 32) if BK <= 128 else 32), num_warps=4, num_stages=1))
 
 
 def chunk_table(q, cu_seqlens, C):
