@@ -793,6 +793,11 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
     return "torch"
 
 
+def head_sizes(q, v):
+    """H, HV, Dk, Dv as numbers, also while torch.compile traces with dynamic shapes: the kernels are specialised on them."""
+    return [range(n).stop for n in (q.shape[2], v.shape[2], q.shape[3], v.shape[3])]
+
+
 def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens=None):
     """Raise one sentence that says what is wrong and what would be right. Shapes are those of chunk_gated_delta_rule."""
     for name, x in dict(q=q, v=v).items():
@@ -823,6 +828,14 @@ def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens=None):
         raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, not on {cu_seqlens.device}")
 
 
+def check_options(unused):
+    """Models of transformers pass their own keywords (use_cache, ...) down to the rule: ignored. Options of [3] that would change the
+    result are refused when they are set; for decoding, cu_seqlens is one of them."""
+    for name in ("cu_seqlens", "gk", "gv", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "state_v_first", "head_first", "cp_context"):
+        if unused.get(name) is not None and unused[name] is not False:
+            raise ValueError(f"{name} is not implemented here: leave it out")
+
+
 def one_dtype(q, k, v):
     """q, k, v in one dtype: that of autocast where it is on, else the widest of the three."""
     if torch.is_autocast_enabled(q.device.type):
@@ -833,23 +846,25 @@ def one_dtype(q, k, v):
 
 
 def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-                           use_qk_l2norm_in_kernel=False, cu_seqlens=None, backend="auto"):
+                           use_qk_l2norm_in_kernel=False, cu_seqlens=None, backend="auto", **unused):
     """The gated delta rule (recurrent_gated_delta_rule) in chunks: everything but the walk of the state is a matrix product.
 
     Arguments: q, k [B, T, H, Dk], v [B, T, HV, Dv] (HV a multiple of H), g (log-decay <= 0), beta [B, T, HV]; q, k and v are
     brought to one dtype, gates and state to fp32 (fp64 stays fp64 in PyTorch). scale: Dk^-1/2 unless given.
     initial_state [B, HV, Dk, Dv] or None. cu_seqlens [N + 1]: N sequences packed in one row (B = 1), sequence n from
     cu_seqlens[n] to cu_seqlens[n + 1]; the states are then [N, HV, Dk, Dv]. backend: "auto" (Triton on a GPU), "torch", "triton".
+    Other keywords: see check_options.
     Returns o [B, T, HV, Dv] in the dtype of q, k, v, and the final state (fp32 or fp64), or None. In fp16, with the norm, the
     Triton backward holds gradients divided by |q| |k|, which overflow for keys that are all but zero: prefer bf16.
     Raises ValueError for inputs that do not fit, RuntimeError where backend="triton" is not possible: one sentence each.
     Source: [1] and [2]; keyword names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3].
     """
     check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
+    check_options(unused)
     q, k, v = one_dtype(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend != "unchecked triton":
-        backend = pick_backend(backend, str(q.device), q.dtype, q.shape[2], *v.shape[2:3], q.shape[3], v.shape[3])
+        backend = pick_backend(backend, str(q.device), q.dtype, *head_sizes(q, v))
     if backend != "torch":
         g, beta, initial_state = (None if x is None else x.float().contiguous() for x in (g, beta, initial_state))
         q, k, v = (x.contiguous() for x in (q, k, v))
@@ -866,17 +881,18 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
 
 
 def decode_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-                            use_qk_l2norm_in_kernel=False):
+                            use_qk_l2norm_in_kernel=False, **unused):
     """One token (or a few) from the cached state: the recurrence, on a GPU fused into one kernel that reads the state once.
 
     Arguments, returns and errors: those of recurrent_gated_delta_rule and of check_inputs. Where gradients are wanted, and
     off the GPU, it is the recurrence itself.
     """
     check_inputs(q, k, v, g, beta, initial_state)
+    check_options(unused)
     q, k, v = one_dtype(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state))
-    if wants_grad or pick_backend("auto", str(q.device), q.dtype, q.shape[2], *v.shape[2:3], q.shape[3], v.shape[3]) == "torch":
+    if wants_grad or pick_backend("auto", str(q.device), q.dtype, *head_sizes(q, v)) == "torch":
         return recurrent_gated_delta_rule(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel)
     g, beta, initial_state = (None if x is None else x.float().contiguous() for x in (g, beta, initial_state))
     q, k, v = (x.contiguous() for x in (q, k, v))

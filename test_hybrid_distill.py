@@ -159,12 +159,36 @@ def test_interpreted_triton_under_autocast_checkpointing_and_compile():
 @pytest.mark.parametrize("change,sentence", [
     (dict(k=(1, 8, 2, 8)), "k must be"), (dict(v=(1, 8, 3, 16)), "must be a multiple of the 2 heads"), (dict(g=(1, 8, 3)), "g must be"),
     (dict(initial_state=(1, 2, 16, 8)), "initial_state must be"), (dict(cu_seqlens=torch.tensor([0, 5])), "must rise from 0 to T = 8"), (dict(backend="cuda"), "backend"),
-    (dict(backend="triton"), "the kernels run on a GPU")])
+    (dict(backend="triton"), "the kernels run on a GPU"), (dict(state_v_first=True), "state_v_first is not implemented")])
 def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
     shapes = dict(q=(1, 8, 2, 16), k=(1, 8, 2, 16), v=(1, 8, 2, 16), g=(1, 8, 2), beta=(1, 8, 2))
     arguments = {name: torch.zeros(x) if isinstance(x, tuple) else x for name, x in {**shapes, **change}.items()}
     with pytest.raises((ValueError, RuntimeError), match=sentence):
         kernels.chunk_gated_delta_rule(**arguments)
+
+
+def test_qwen3_next_of_transformers_runs_on_these_kernels(monkeypatch):
+    qwen3_next = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    torch.manual_seed(0)
+    model = qwen3_next.Qwen3NextForCausalLM(qwen3_next.Qwen3NextConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_num_value_heads=4,
+        linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16)).eval()
+    x = torch.randint(0, 97, (2, 75))
+    run = lambda: (model(x).logits, model.generate(x, max_new_tokens=8, do_sample=False, pad_token_id=0))
+    theirs = run()
+    monkeypatch.setattr(qwen3_next, "torch_chunk_gated_delta_rule", kernels.chunk_gated_delta_rule)
+    monkeypatch.setattr(qwen3_next, "torch_recurrent_gated_delta_rule", kernels.decode_gated_delta_rule)
+    ours = run()
+    assert not torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    same(ours[0], theirs[0], 1e-4)
+
+
+def test_one_compiled_function_serves_heads_of_any_size():
+    rule = torch.compile(lambda *x: kernels.chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0], backend="aot_eager", fullgraph=True)
+    for shape in ((2, 75, 2, 4, 20, 24), (1, 80, 2, 2, 16, 16), (1, 33, 1, 3, 8, 40)):
+        inputs = kernels.example(*shape)[:5]
+        same(rule(*inputs), kernels.chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True)[0], 1e-6)
 
 
 class Recorder:
