@@ -1814,7 +1814,8 @@ def dry_run(settings: Settings, teacher, corpus) -> str:
             continue
         length, batch, steps = getattr(settings, f"{stage}_length"), getattr(settings, f"{stage}_batch"), settings.steps(stage)
         micro, lr = min(settings.micro_batch or batch, batch), getattr(settings, f"{stage}_lr")
-        tokens, clock = corpus.batches(stage, micro, length)(0), []
+        probed = length if settings.device.startswith("cuda") else min(length, 256)       # a CPU would take minutes over a long sequence
+        tokens, clock = corpus.batches(stage, micro, length)(0)[:, :probed], []
 
         class Stopwatch(Observer):
             def step(self, row, models, optimizer):
@@ -1830,7 +1831,7 @@ def dry_run(settings: Settings, teacher, corpus) -> str:
             finetune(probe, [tokens] * 3, 3, lr, observer=Stopwatch())
         else:
             distill_logits(probe, teacher, [tokens] * 3, 3, lr, getattr(settings, f"{stage}_rest_lr"), observer=Stopwatch())
-        hours = (clock[2] - clock[1]) * batch / micro * steps * times / 3600
+        hours = (clock[2] - clock[1]) * length / probed * batch / micro * steps * times / 3600
         at_once = min(settings.candidates_at_once or L, L) if stage == "select" else 1
         memory = teacher_bytes + 16 * trains[stage] * at_once              # fp32 weight, gradient and two Adam moments: 16 bytes a parameter
         peak = f", peak of the probe {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if torch.cuda.is_available() else ""
@@ -1839,7 +1840,7 @@ def dry_run(settings: Settings, teacher, corpus) -> str:
     return (f"{settings.teacher or 'embedded teacher'}: {L} layers, {count(teacher) / 1e6:,.1f} M parameters; {settings.softmax_layers} layers stay softmax "
             f"({settings.select}); {rows} trained rows in the report; {machine(settings.device)}\n\n"
             + table(["stage", "times", "trains", "length x batch", "steps", "tokens in all", "memory for weights and optimizer", "time"], lines)
-            + "\nTime is that of one probed step of each stage; activations come on top of the memory unless a peak is shown.")
+            + "\nTime is that of one probed step of each stage, on a CPU of 256 tokens a sequence, scaled up; activations come on top of the memory unless a peak is shown.")
 
 
 # ------------------------------------------------------------------------------------------------ the command line
