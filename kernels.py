@@ -200,6 +200,14 @@ def sequence(cu_seqlens, first_chunk, s, tokens, C: tl.constexpr, VARLEN: tl.con
 
 
 @jit
+def place(DV: tl.constexpr, BV: tl.constexpr, HV: tl.constexpr):
+    """This program's first column of the state, sequence and head. One axis for all three: a second one ends at 65,535."""
+    tiles: tl.constexpr = (DV + BV - 1) // BV
+    n = tl.program_id(0) // tiles
+    return tl.program_id(0) % tiles * BV, n // HV, n % HV
+
+
+@jit
 def chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
     """Chunk c: its first token, and the rows from there to the end of its sequence (0: there is no such chunk)."""
     s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
@@ -343,11 +351,11 @@ def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S
         O   = gamma Q S_0 + P U~
         S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
 
-    Grid (Dv / BV, sequences * HV): columns of S never meet. Registers: S [BK, BV] fp32, U~ and O [C, BV] fp32.
+    Grid Dv / BV * sequences * HV: columns of S never meet. Registers: S [BK, BV] fp32, U~ and O [C, BV] fp32.
     Shared memory: tiles of q, k [C, BK], v [C, BV], T, P [C, C] on their way in. Reads those, the factors, beta, S0.
     Writes o and the final state; or, for the backward pass (SAVE), U~ and the state at the start of each chunk.
     """
-    v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    v0, s, h = place(DV, BV, HV)
     hk = h // (HV // H)
     dt = k.dtype.element_ty
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
@@ -389,11 +397,11 @@ def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, 
         X    = T^T dU~                                              (so dV = beta X and dA = -X U~^T)
         dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
 
-    Grid (Dv / BV, sequences * HV). Registers: dS [BK, BV] fp32, dU~ and X [C, BV] fp32.
+    Grid Dv / BV * sequences * HV. Registers: dS [BK, BV] fp32, dU~ and X [C, BV] fp32.
     Shared memory: tiles of q, k [C, BK], dO [C, BV], T, P [C, C] on their way in. Reads those, the factors, beta and the
     final state's gradient; writes X, the gradient of the state at the end of each chunk, and that of the initial state.
     """
-    v0, s, h = tl.program_id(0) * BV, tl.program_id(1) // HV, tl.program_id(1) % HV
+    v0, s, h = place(DV, BV, HV)
     hk = h // (HV // H)
     dt = k.dtype.element_ty
     start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
@@ -546,10 +554,11 @@ def decode_kernel(q, k, v, g, beta, S0, o, S_out, tokens, scale,
                   BV: tl.constexpr, HAS_S0: tl.constexpr, NORM: tl.constexpr):
     """The recurrence, as it stands in recurrent_gated_delta_rule, with the state read once and written once.
 
-    Grid (Dv / BV, B * HV). Registers: S [BK, BV] fp32. No shared memory but for the sums.
+    Grid Dv / BV * B * HV. Registers: S [BK, BV] fp32. No shared memory but for the sums.
     Reads q, k, v, g, beta of each token and S0; writes o and the state.
     """
-    v0, s, h = tl.program_id(0) * BV, (tl.program_id(1) // HV).to(tl.int64), tl.program_id(1) % HV
+    v0, s, h = place(DV, BV, HV)
+    s = s.to(tl.int64)
     dk, dv = tl.arange(0, BK), v0 + tl.arange(0, BV)
     S = load_matrix(S0, s * HV + h, v0, DK, DV, BK, BV) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
     for t in range(tokens):
@@ -624,7 +633,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sca
     with on_device(q):
         prepare_kernel[(chunks, HV)](q, k, g, beta, T, P, *factors, gamma_C, cu_seqlens, first_chunk, chunk_seq, tokens, scale,
                                      **common, **by_chunk, NORM=norm, PREC="ieee" if q.dtype == torch.float32 else "tf32")
-        forward_kernel[lambda m: (triton.cdiv(Dv, m["BV"]), sequences * HV)](
+        forward_kernel[lambda m: (triton.cdiv(Dv, m["BV"]) * sequences * HV,)](
             q, k, v, beta, T, P, *factors, gamma_C, initial_state, o, None, None, S_out, cu_seqlens, first_chunk, tokens,
             **common, **by_sequence, DV=Dv, HAS_S0=initial_state is not None, SAVE=False)
     return o, S_out, T, P, factors, gamma_C
@@ -644,7 +653,7 @@ def launch_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sc
     dq, dk = (q.new_empty(B, tokens, HV, Dk, dtype=q.dtype if H == HV else torch.float32) for _ in range(2))
     common = dict(H=H, HV=HV, DK=Dk, DV=Dv, C=C, VARLEN=cu_seqlens is not None)
     walk = dict(common, **by_sequence, HAS_S0=initial_state is not None)
-    walks = lambda m: (triton.cdiv(Dv, m["BV"]), sequences * HV)
+    walks = lambda m: (triton.cdiv(Dv, m["BV"]) * sequences * HV,)
     with on_device(q):
         forward_kernel[walks](q, k, v, beta, T, P, *factors, gamma_C, initial_state, None, U, states, None, cu_seqlens,
                               first_chunk, tokens, **walk, SAVE=True)
@@ -666,7 +675,7 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scal
     B, tokens, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
     o, S_out = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv)
     with on_device(q):
-        decode_kernel[(triton.cdiv(Dv, 16), B * HV)](q, k, v, g, beta, initial_state, o, S_out, tokens, scale, H=H, HV=HV, DK=Dk,
+        decode_kernel[(triton.cdiv(Dv, 16) * B * HV,)](q, k, v, g, beta, initial_state, o, S_out, tokens, scale, H=H, HV=HV, DK=Dk,
                                                      DV=Dv, BK=triton.next_power_of_2(Dk), BV=16, num_warps=4,
                                                      HAS_S0=initial_state is not None, NORM=norm)
     return o, S_out

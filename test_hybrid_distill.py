@@ -192,22 +192,22 @@ def test_one_compiled_function_serves_heads_of_any_size():
 
 
 class Recorder:
-    """Stands in for a kernel and keeps the arguments it is launched with."""
+    """Stands in for a kernel and keeps what it is launched with."""
 
     def __init__(self, kernel, launches):
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid):
-        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+        return lambda *args, **options: self.launches.append((self.kernel, grid(options) if callable(grid) else grid, args, options))
 
 
-def launches(monkeypatch, Dk, Dv, dtype):
-    """Every launch of a forward, a backward and a decoding step: (kernel, arguments, options)."""
+def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
+    """Every launch of a forward, a backward and a decoding step: (kernel, grid, arguments, options)."""
     found = []
     for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
         monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), found))
-    q, k, v = (torch.zeros(1, 70, H, D, dtype=dtype) for H, D in ((2, Dk), (2, Dk), (4, Dv)))
-    gate, S = torch.zeros(1, 70, 4), torch.zeros(1, 4, Dk, Dv)
+    q, k, v = (torch.zeros(B, 70, H, D, dtype=dtype, device=device) for H, D in ((2, Dk), (2, Dk), (4, Dv)))
+    gate, S = torch.zeros(B, 70, 4, device=device), torch.zeros(B, 4, Dk, Dv, device=device)
     o, S_out, *rest = kernels.launch_forward(q, k, v, gate, gate.clone(), 1.0, S, None, True)
     kernels.launch_backward(q, k, v, gate, gate.clone(), 1.0, S, None, True, *rest, v, S)
     kernels.launch_decode(q, k, v, gate, gate.clone(), 1.0, S, True)
@@ -245,7 +245,7 @@ def test_every_kernel_compiles_for_real_chips(monkeypatch, heads, capability, dt
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     kinds = set()
-    for kernel, args, options in launches(monkeypatch, *heads, dtype):
+    for kernel, _, args, options in launches(monkeypatch, *heads, dtype):
         how = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
         values = {**dict(zip(kernel.arg_names, args)), **options}
         signature, constants, attributes = {}, {}, {}
@@ -264,6 +264,13 @@ def test_every_kernel_compiles_for_real_chips(monkeypatch, heads, capability, dt
         assert spilled is None or spilled <= most_spills(heads, dtype), (kernel.__name__, spilled)
         kinds.add(kernel.__name__)
     assert kinds == {name for name in vars(kernels) if name.endswith("_kernel")}
+
+
+def test_a_large_batch_fits_the_grid(monkeypatch):
+    """40,000 sequences of 4 heads: more programs than the second axis of a CUDA grid can hold."""
+    pytest.importorskip("triton")
+    for kernel, grid, *_ in launches(monkeypatch, 64, 64, torch.bfloat16, B=40_000, device="meta"):
+        assert all(n <= limit for n, limit in zip(grid, (2**31 - 1, 65_535))), (kernel.__name__, grid)
 
 
 # ------------------------------------------------------------------------------------------------ mixer and stage 0
