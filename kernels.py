@@ -11,17 +11,21 @@ Reading list
 
 Glossary: a tensor is [B, T, H, D] everywhere, a state [B, HV, Dk, Dv]
     q, k          [B, T, H, Dk]      queries, keys; HV / H value heads share one head of them (head h uses h // (HV / H))
+    Q, K, V       [C, D]             the rows of one chunk: Q = scale q / |q| and K = k / |k|, the lengths only with the L2-norm
     v, o          [B, T, HV, Dv]     values, outputs
     g, alpha      [B, T, HV]         log-decay <= 0, alpha = exp(g)
     beta          [B, T, HV]         write strength
     S             [B, HV, Dk, Dv]    the state; S_0 and S_C at the start and the end of a chunk
-    C             64, 32 or 16       chunk length
+    C             at most 64         chunk length (triton_tiles, chunk_torch)
     gamma         [C]                cumulative decay in the chunk, exp(cumsum(g)); gamma_C is the last one
     D             [C, C]             D_ij = gamma_i / gamma_j for i >= j, else 0
     A, T          [C, C]             A = strictLower(beta_i D_ij k_i.k_j), T = (I + A)^-1
     P             [C, C]             tril(Q K^T D)
     U~            [C, Dv]            T beta (V - gamma K S_0): the corrected values that the chunk writes
     X             [C, Dv]            T^T dU~: what their gradient becomes behind T^T
+
+In the kernels bx is the tile of x in registers, b that of beta; v0 the first of its columns; |q| and scale, being factors of
+rows, are never multiplied into q and k but into fq, fk, fr, P, dP and dA.
 
 Where it differs from [1] and [3], and why: W = T beta gamma K is never formed. U~ = U - W S_0 = T beta (V - gamma K S_0), so
 one triangular factor a chunk serves forward and backward, dA = -X U~^T, and less goes through memory.
@@ -65,7 +69,8 @@ def recurrent_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
         o_t  = scale S_t^T q_t                              scale = Dk^-1/2 unless given
 
     Arguments: q, k [B, T, H, Dk]; v [B, T, HV, Dv]; g (log-decay <= 0), beta [B, T, HV]; initial_state [B, HV, Dk, Dv] or
-    None (zero); use_qk_l2norm_in_kernel divides q and k by their length first (eps 1e-6). Works in fp32, or in fp64 if q is.
+    None (zero); use_qk_l2norm_in_kernel divides q and k by their length first (l2norm). Works in fp32, or in fp64 if q is, also
+    under autocast.
     Returns o [B, T, HV, Dv] in the dtype of v, and the final state [B, HV, Dk, Dv] (fp32 or fp64) or None.
     Source: [1]; transformers' torch_recurrent_gated_delta_rule computes the same.
     """
@@ -78,16 +83,17 @@ def recurrent_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
     q, k = (x.repeat_interleave(groups, 2) for x in (q * scale, k))                # [B, T, HV, Dk]
     S = q.new_zeros(q.shape[0], *v.shape[2:3], q.shape[3], v.shape[3]) if initial_state is None else initial_state.to(work)
     outputs = []
-    for t in range(T):
-        S = S * g[:, t, :, None, None].exp()                                       # decay first
-        error = v[:, t] - (k[:, t, :, None, :] @ S).squeeze(-2)                    # v_t - S~^T k_t
-        S = S + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None, :]
-        outputs.append((q[:, t, :, None, :] @ S).squeeze(-2))
+    with torch.autocast(q.device.type, enabled=False):
+        for t in range(T):
+            S = S * g[:, t, :, None, None].exp()                                   # decay first
+            error = v[:, t] - (k[:, t, :, None, :] @ S).squeeze(-2)                # v_t - S~^T k_t
+            S = S + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None, :]
+            outputs.append((q[:, t, :, None, :] @ S).squeeze(-2))
     return torch.stack(outputs, 1).to(dtype), S if output_final_state else None
 
 
 def l2norm(x, eps=1e-6):
-    """x / |x| over the last dimension."""
+    """x / |x| over the last dimension, |x|^2 = sum of squares + eps."""
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
 
 
@@ -130,6 +136,7 @@ class ChunkedTorch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dS):
+        refuse_double_backward()
         q, k, v, beta, gamma, rest, D, T, U, S = ctx.saved_tensors
         b = beta[..., None]
         dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
@@ -294,8 +301,8 @@ def prepare_kernel(q, k, g, beta, T, P, fq, fk, fr, gamma_C, cu_seqlens, first_c
                    VARLEN: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
     """What a chunk knows without the state.
 
-        A = strictLower(beta_i D_ij k_i.k_j)    T = (I + A)^-1    P = scale tril(Q K^T D)
-        fq = scale gamma / |q|    fk = gamma / |k|    fr = (gamma_C / gamma) / |k|      (lengths: only with the norm)
+        A = strictLower(beta_i D_ij K_i.K_j)    T = (I + A)^-1    P = tril(Q K^T D)
+        fq = scale gamma / |q|    fk = gamma / |k|    fr = (gamma_C / gamma) / |k|      (so that gamma Q = fq q, gamma K = fk k)
 
     Grid (chunks, HV). Registers: A, T, P [C, C] fp32. Shared memory: q, k [C, BK] and the operands of the merges.
     Reads q, k, g, beta; writes T, P [chunks, HV, C, C] in the dtype of k, fq, fk, fr [tokens, HV], gamma_C [chunks, HV].
@@ -333,7 +340,7 @@ def prepare_kernel(q, k, g, beta, T, P, fq, fk, fr, gamma_C, cu_seqlens, first_c
         A_i = tl.sum(tl.where(row8 == i, A8, 0.0), 1)
         T8 -= tl.where(row8 == i, tl.sum(A_i[:, :, None] * T8, 1)[:, None, :], 0.0)
     bT = tl.reshape(tl.where(diagonal, T8[:, :, None, :], 0.0), (C, C))
-    # 4. merge neighbours, 8 -> 16 -> 32 -> 64: [[T1, 0], [-T2 A21 T1, T2]]. Exact: no power of A is ever formed
+    # 4. merge neighbours, 8 -> 16 -> 32 -> 64: [[T1, 0], [-T2 A21 T1, T2]]. No series: no power of A is ever formed
     for level in tl.static_range(0, C.bit_length() - 4):
         size = 8 << level
         A21 = tl.where((row // (2 * size) == col // (2 * size)) & (row // size > col // size), A, 0.0)
@@ -353,7 +360,7 @@ def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S
 
     Grid Dv / BV * sequences * HV: columns of S never meet. Registers: S [BK, BV] fp32, U~ and O [C, BV] fp32.
     Shared memory: tiles of q, k [C, BK], v [C, BV], T, P [C, C] on their way in. Reads those, the factors, beta, S0.
-    Writes o and the final state; or, for the backward pass (SAVE), U~ and the state at the start of each chunk.
+    Writes o and the final state; or, for the backward pass (SAVE, without q and P), U~ and the state at the start of each chunk.
     """
     v0, s, h = place(DV, BV, HV)
     hk = h // (HV // H)
@@ -437,12 +444,12 @@ def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seql
                            BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
     """The gradients of the two [C, C] matrices of a chunk, and their row and column sums.
 
-        dP = dO U~^T D           E = dP (Q K^T)     sums[0] = rows(E),  sums[1] = cols(E) + rows(beta F) + cols(beta F)
-        dA = -X U~^T D, i > j    F = dA (K K^T)     sums[2] = rows(E) - cols(E) + rows(beta F) - cols(beta F)
-        dV = beta X                                 sums[3] = rows(F) + X.V
+        dP = dO U~^T             E = dP D (Q K^T)     sums[0] = rows(E),  sums[1] = cols(E) + rows(beta F) + cols(beta F)
+        dA = -X U~^T, i > j      F = dA D (K K^T)     sums[2] = rows(E) - cols(E) + rows(beta F) - cols(beta F)
+        dV = beta X                                   sums[3] = rows(F) + X.V
 
     Grid (chunks, HV). Registers: dP, dA, Q K^T, K K^T [C, C] fp32. Shared memory: q, k [C, BK] and dO, U~, X [C, BV].
-    Reads q, k, v, dO, U~, X, g, beta; writes dv, dP and beta dA [chunks, HV, C, C] (divided by the lengths of the norm,
+    Reads q, k, v, dO, U~, X, g, beta; writes dv, dP D and beta dA D [chunks, HV, C, C] (times scale / (|q| |k|) and 1 / |k|^2,
     so that they multiply q and k as they stand in memory) and the sums [4, tokens, HV].
     """
     c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
@@ -452,12 +459,12 @@ def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seql
         return
     b = load_gate(beta, token, left, h, HV, C)
     # 1. dO U~^T, X U~^T, X.V, dV
-    bP, bA, xv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    bdP, bdA, xv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for v0 in range(0, DV, BV):
         bdo, bU = load_rows(do, token, left, h, HV, DV, v0, C, BV), load_rows(U, token, left, h, HV, DV, v0, C, BV)
         bX, bv = load_rows(X, token, left, h, HV, DV, v0, C, BV), load_rows(v, token, left, h, HV, DV, v0, C, BV)
-        bP += tl.dot(bdo, tl.trans(bU), input_precision="ieee")
-        bA -= tl.dot(bX, tl.trans(bU), input_precision="ieee")
+        bdP += tl.dot(bdo, tl.trans(bU), input_precision="ieee")
+        bdA -= tl.dot(bX, tl.trans(bU), input_precision="ieee")
         xv += tl.sum(bX.to(tl.float32) * bv.to(tl.float32), 1)
         store_rows(dv, b[:, None] * bX, token, left, h, HV, DV, v0, C, BV)
     # 2. dP, dA
@@ -467,13 +474,13 @@ def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seql
     D, gamma, rest, last = decay(load_gate(g, token, left, h, HV, C), C)
     D *= rk[None, :]
     r = tl.arange(0, C)
-    bP *= D * rq[:, None]
-    bA = tl.where(r[:, None] > r[None, :], bA * D * rk[:, None], 0.0)
-    store_matrix(dP, bP, chunk, 0, C, C, C, C)
-    store_matrix(dA, bA * b[:, None], chunk, 0, C, C, C, C)
+    bdP *= D * rq[:, None]
+    bdA = tl.where(r[:, None] > r[None, :], bdA * D * rk[:, None], 0.0)
+    store_matrix(dP, bdP, chunk, 0, C, C, C, C)
+    store_matrix(dA, bdA * b[:, None], chunk, 0, C, C, C, C)
     # 3. E, F and their sums
-    E = bP * tl.dot(bq, tl.trans(bk), input_precision="ieee")
-    F = bA * tl.dot(bk, tl.trans(bk), input_precision="ieee")
+    E = bdP * tl.dot(bq, tl.trans(bk), input_precision="ieee")
+    F = bdA * tl.dot(bk, tl.trans(bk), input_precision="ieee")
     E_row, E_col, F_row, F_col = tl.sum(E, 1), tl.sum(E, 0), tl.sum(F, 1), tl.sum(F * b[:, None], 0)
     store_gate(sums, E_row, token, left, h, HV, C)
     store_gate(sums + stride, E_col + b * F_row + F_col, token, left, h, HV, C)
@@ -489,13 +496,14 @@ def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dst
     """The gradients of q, k, g and beta of one chunk.
 
         Y = gamma dO S_0^T    Z = gamma X S_0^T    R = gamma_C / gamma U~ dS_C^T
-        dQ = Y + dP K         dK = R - beta Z + dP^T Q + (beta dA) K + (beta dA)^T K
+        dQ = Y + dP D K       dK = R - beta Z + (dP D)^T Q + (beta dA D) K + (beta dA D)^T K
         dbeta      = rows(F) + X.V - K.Z
         dlog gamma = rows(E) - cols(E) + rows(beta F) - cols(beta F) + Q.Y - beta K.Z - K.R
         dg_t       = sum over i >= t of dlog gamma_i, + sum(K.R) + gamma_C S_0.dS_C
 
-    With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, and x^.dx^ is a sum of the sums.
-    Grid (chunks, HV). Registers: dq, then dk with one of Z and R, [C, BK] fp32. Shared memory: q, k [C, BK], dP, dA [C, C],
+    With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, where Q.dQ = rows(E) + Q.Y and
+    K.dK = cols(E) + rows(beta F) + cols(beta F) + K.R - beta K.Z.
+    Grid (chunks, HV). Registers: Y, which becomes dq; then Z and R, which becomes dk, [C, BK] fp32. Shared memory: q, k [C, BK], dP, dA [C, C],
     tiles [BK, BV] of the states and [C, BV] of dO, U~, X. Reads all those, the factors, beta, sums; writes dq, dk, dg, dbeta.
     """
     c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
@@ -505,7 +513,7 @@ def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dst
         return
     bq = load_rows(q, token, left, hk, H, DK, 0, C, BK)
     bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
-    b, bP = load_gate(beta, token, left, h, HV, C), load_matrix(dP, chunk, 0, C, C, C, C)
+    b, bdP = load_gate(beta, token, left, h, HV, C), load_matrix(dP, chunk, 0, C, C, C, C)
     # 1. dQ
     Y = tl.zeros([C, BK], tl.float32)
     for v0 in range(0, DV, BV):
@@ -513,7 +521,7 @@ def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dst
         Y += tl.dot(bdo, tl.trans(S), input_precision="ieee")
     Y *= load_gate(fq, token, left, h, HV, C)[:, None]
     qy = tl.sum(bq.to(tl.float32) * Y, 1)
-    Y += tl.dot(bP, bk, input_precision="ieee")
+    Y += tl.dot(bdP, bk, input_precision="ieee")
     if NORM:
         rq = inverse_length(bq, NORM)
         Y -= (rq * rq * (load_gate(sums, token, left, h, HV, C) + qy))[:, None] * bq.to(tl.float32)
@@ -533,10 +541,10 @@ def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dst
     R *= load_gate(fr, token, left, h, HV, C)[:, None]
     kr = tl.sum(bk.to(tl.float32) * R, 1)
     R -= b[:, None] * Z
-    R += tl.dot(tl.trans(bP), bq, input_precision="ieee")
-    bA = load_matrix(dA, chunk, 0, C, C, C, C)
-    R += tl.dot(bA, bk, input_precision="ieee")
-    R += tl.dot(tl.trans(bA), bk, input_precision="ieee")
+    R += tl.dot(tl.trans(bdP), bq, input_precision="ieee")
+    bdA = load_matrix(dA, chunk, 0, C, C, C, C)
+    R += tl.dot(bdA, bk, input_precision="ieee")
+    R += tl.dot(tl.trans(bdA), bk, input_precision="ieee")
     if NORM:
         rk = inverse_length(bk, NORM)
         R -= (rk * rk * (load_gate(sums + stride, token, left, h, HV, C) + kr - b * kz))[:, None] * bk.to(tl.float32)
@@ -583,7 +591,8 @@ def triton_tiles(Dk, Dv, dtype):
 
     A fixed table by head size instead of autotuning. On Hopper, Triton 3.4 - 3.7.0 miscompiles products whose left factor
     was computed in registers (fla issues 640, 984; triton pull request 9514; with an earlier form of these kernels dq or
-    dk was wrong by 60 % at d = 128): here left factors are loaded tiles, and there are 4 warps, never 8.
+    dk was wrong by 60 % at d = 128): here the left factors of all products of q, k, v and the state are loaded tiles, and
+    there are 4 warps, never 8.
     """
     narrow, BK, BV = dtype != torch.float32, *(max(16, triton.next_power_of_2(n)) for n in (Dk, Dv))
     C = (64 if BK <= 128 else 32) if narrow else (32 if BK <= 128 else 16)
@@ -694,6 +703,12 @@ def launch(function, op, *inputs):
     return op(*inputs) if torch.compiler.is_compiling() else function(*inputs)
 
 
+def refuse_double_backward():
+    """Both backward passes are written out and leave no graph behind: with create_graph=True a term would be lost in silence."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("the chunked gated delta rule has no second derivative: leave out create_graph=True, or use recurrent_gated_delta_rule")
+
+
 class ChunkedTriton(torch.autograd.Function):
     """The Triton kernels behind autograd: (q, k, v, g, beta, scale, initial_state, cu_seqlens, norm) -> o, final state."""
 
@@ -706,6 +721,7 @@ class ChunkedTriton(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dS_out):
+        refuse_double_backward()
         q, k, v, g, beta, initial_state, cu_seqlens, *factors = ctx.saved_tensors
         *grads, dS0 = launch(launch_backward, backward_op, q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.norm, *factors,
                              do.contiguous(), dS_out.contiguous())
@@ -743,8 +759,11 @@ def errors(rule, inputs, **options):
 
 
 def trial(device, dtype, H, HV, Dk, Dv):
-    """-> errors of the Triton kernels on three ragged chunks: o, final state, six gradients, and o of the decoding kernel."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.split(":")[0], enabled=False):
+    """-> errors of the Triton kernels on a few chunks, the last one ragged: o, final state, six gradients, and o of the decoding
+    kernel. Whatever surrounds the first call, inference, autocast or a checkpoint that counts saved tensors, is kept out."""
+    keep = lambda x: x
+    with (torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.split(":")[0], enabled=False),
+          torch.autograd.graph.saved_tensors_hooks(keep, keep)):
         inputs = example(1, 130, H, HV, Dk, Dv, "random", dtype, device)
         step, _ = launch_decode(*inputs[:5], Dk ** -0.5, inputs[5], True)
         truth = everything(recurrent_gated_delta_rule, [x.double() for x in inputs])[0]
@@ -756,8 +775,8 @@ def why_not_triton(device, dtype, H, HV, Dk, Dv):
     """None if the Triton kernels give, on this device and for these heads, what the recurrence gives; else the reason.
 
     An import that succeeds proves nothing, and a compiler can be wrong at one head size only (triton_tiles): so the kernels
-    are launched, forward and backward, and compared. Once a process, device and kind of head: some ten
-    seconds of compiling when Triton's cache on disk does not have the kernels yet.
+    are launched, forward and backward, with the norm and an initial state, and compared. Once a process, device and kind of
+    head: some ten seconds of compiling when Triton's cache on disk does not have the kernels yet.
     """
     if triton is None:
         return "the package triton is not installed"
@@ -771,6 +790,8 @@ def why_not_triton(device, dtype, H, HV, Dk, Dv):
         return f"the kernels run on a GPU, not on the device {device}"
     try:
         found = trial(device, dtype, H, HV, Dk, Dv)
+    except torch.OutOfMemoryError:                                       # says nothing about the kernels
+        raise
     except Exception as error:                                           # whatever a compiler or a driver throws
         return f"a trial launch failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     limit = 1e-3 if dtype == torch.float32 else 3e-2
@@ -862,7 +883,7 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
     Arguments: q, k [B, T, H, Dk], v [B, T, HV, Dv] (HV a multiple of H), g (log-decay <= 0), beta [B, T, HV]; q, k and v are
     brought to one dtype, gates and state to fp32 (fp64 stays fp64 in PyTorch). scale: Dk^-1/2 unless given.
     initial_state [B, HV, Dk, Dv] or None. cu_seqlens [N + 1]: N sequences packed in one row (B = 1), sequence n from
-    cu_seqlens[n] to cu_seqlens[n + 1]; the states are then [N, HV, Dk, Dv]. backend: "auto" (Triton on a GPU), "torch", "triton".
+    cu_seqlens[n] to cu_seqlens[n + 1]; the states are then [N, HV, Dk, Dv]; torch.compile cannot check its values. backend: "auto" (Triton on a GPU), "torch", "triton".
     Other keywords: see check_options.
     Returns o [B, T, HV, Dv] in the dtype of q, k, v, and the final state (fp32 or fp64), or None. In fp16, with the norm, the
     Triton backward holds gradients divided by |q| |k|, which overflow for keys that are all but zero: prefer bf16.
@@ -872,12 +893,13 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
     check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
     check_options(unused)
     q, k, v = one_dtype(q, k, v)
+    g = g.clamp(min=-1e4)                                                # exp is 0 there; -inf would be inf - inf in a cumulative sum
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend != "unchecked triton":
         backend = pick_backend(backend, str(q.device), q.dtype, *head_sizes(q, v))
     if backend != "torch":
         g, beta, initial_state = (None if x is None else x.float().contiguous() for x in (g, beta, initial_state))
-        q, k, v = (x.contiguous() for x in (q, k, v))
+        q, k, v, cu_seqlens = (None if x is None else x.contiguous() for x in (q, k, v, cu_seqlens))
         o, S = ChunkedTriton.apply(q, k, v, g, beta, scale, initial_state, cu_seqlens, use_qk_l2norm_in_kernel)
     elif cu_seqlens is None:
         o, S = chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
@@ -894,8 +916,8 @@ def decode_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, ou
                             use_qk_l2norm_in_kernel=False, **unused):
     """One token (or a few) from the cached state: the recurrence, on a GPU fused into one kernel that reads the state once.
 
-    Arguments, returns and errors: those of recurrent_gated_delta_rule and of check_inputs. Where gradients are wanted, and
-    off the GPU, it is the recurrence itself.
+    Arguments, returns and errors: those of chunk_gated_delta_rule. Where gradients are wanted, and off the GPU, it is the
+    recurrence itself.
     """
     check_inputs(q, k, v, g, beta, initial_state)
     check_options(unused)
@@ -966,8 +988,9 @@ def benchmark(device):
     rows, slow = [], set()
     for B, T, H, D in cases:
         inputs = [x.requires_grad_() for x in example(B, T, H, H, D, D, dtype=dtype, device=device)[:5]]
-        n = B * T * H                                                        # at least q, k, v, o; then also do, dq, dk, dv and q, k, v again
-        cost = n * (8 * 64 + 6 * D) * D, n * 4 * D * dtype.itemsize, n * (30 * 64 + 22 * D) * D, n * 11 * D * dtype.itemsize
+        # FLOPs: 2 m n k of each product above. Bytes: at least q, k, v, o; then also do, dq, dk, dv and q, k, v again
+        n, C = B * T * H, 64 if D > 32 else 32
+        cost = n * (8 * C + 6 * D) * D, n * 4 * D * dtype.itemsize, n * (30 * C + 22 * D) * D, n * 11 * D * dtype.itemsize
         for name, rule in rules.items():
             if (name, D) in slow:
                 continue
