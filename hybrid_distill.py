@@ -895,7 +895,7 @@ class Settings:
     select_batch: int = setting(None, "selection: sequences per step [32; 32]")
     select_lr: float = setting(None, "selection: learning rate of attention [1e-3; 1e-4]")
     select_rest_lr: float = setting(None, "selection: of the rest; 0 freezes it and shares it with the teacher [1e-4; 7e-6]")
-    distill_tokens: int = setting(None, "stage 2: tokens [0.3M; 600M]")
+    distill_tokens: int = setting(None, "stage 2: tokens [0.25M; 600M]")
     distill_length: int = setting(None, "stage 2: tokens per sequence [128; 4096]")
     distill_batch: int = setting(None, "stage 2: sequences per step [32; 32]")
     distill_lr: float = setting(None, "stage 2: learning rate of attention [1e-3; 1e-4]")
@@ -913,7 +913,7 @@ class Settings:
 EMBEDDED = dict(softmax_layers=1, baselines="all-linear,uniform,centred,random", checkpointing=False, held_out=64,
                 align_tokens=150 * 32 * 128, align_length=128, align_batch=32, align_lr=3e-3,
                 select_tokens=20 * 32 * 128, select_length=128, select_batch=32, select_lr=1e-3, select_rest_lr=1e-4,
-                distill_tokens=80 * 32 * 128, distill_length=128, distill_batch=32, distill_lr=1e-3, distill_rest_lr=1e-4,
+                distill_tokens=60 * 32 * 128, distill_length=128, distill_batch=32, distill_lr=1e-3, distill_rest_lr=1e-4,
                 finetune_tokens=20 * 16 * 256, finetune_length=256, finetune_batch=16, finetune_lr=1e-4)
 PAPER = dict(baselines="", checkpointing=True, micro_batch=1, candidates_at_once=1, held_out=64,
              align_tokens=100_000_000, align_length=512, align_batch=96, align_lr=1e-3,
