@@ -42,13 +42,13 @@ import os
 import re
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 try:
     import triton
@@ -196,9 +196,9 @@ def chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
 # ------------------------------------------------------------------------------------------- tiles in and out (Triton)
 
 @jit
-def sequence(cu_seqlens, first_chunk, s, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
+def sequence(cu_seqlens, first_chunk, s, tokens, C: tl.constexpr):
     """Sequence s: its first token, its length, the number of its first chunk (64-bit: they are multiplied by H D)."""
-    if VARLEN:
+    if cu_seqlens is not None:
         start = tl.load(cu_seqlens + s).to(tl.int64)
         return start, tl.load(cu_seqlens + s + 1).to(tl.int64) - start, tl.load(first_chunk + s).to(tl.int64)
     else:
@@ -215,10 +215,10 @@ def place(DV: tl.constexpr, BV: tl.constexpr, HV: tl.constexpr):
 
 
 @jit
-def chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C: tl.constexpr, VARLEN: tl.constexpr):
+def chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C: tl.constexpr):
     """Chunk c: its first token, and the rows from there to the end of its sequence (0: there is no such chunk)."""
-    s = tl.load(chunk_seq + c) if VARLEN else c // tl.cdiv(tokens, C)
-    start, length, first = sequence(cu_seqlens, first_chunk, tl.maximum(s, 0), tokens, C, VARLEN)
+    s = tl.load(chunk_seq + c) if chunk_seq is not None else c // tl.cdiv(tokens, C)
+    start, length, first = sequence(cu_seqlens, first_chunk, tl.maximum(s, 0), tokens, C)
     return start + (c - first) * C, tl.where(s < 0, 0, length - (c - first) * C)
 
 
@@ -256,16 +256,13 @@ def store_gate(x, value, token, left, head, HEADS: tl.constexpr, C: tl.constexpr
 @jit
 def load_matrix(x, n, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """Tile [BK, BV] of matrix n of x [..., DK, DV] from column v0 on, zero outside."""
-    d, v = tl.arange(0, BK), v0 + tl.arange(0, BV)
-    return tl.load(x + n * DK * DV + (d[:, None] * DV + v[None, :]), mask=(d < DK)[:, None] & (v < DV)[None, :], other=0.0)
+    return load_rows(x, n * DK, DK, 0, 1, DV, v0, BK, BV)
 
 
 @jit
 def store_matrix(x, value, n, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """The inverse of load_matrix, in the dtype of x."""
-    d, v = tl.arange(0, BK), v0 + tl.arange(0, BV)
-    tl.store(x + n * DK * DV + (d[:, None] * DV + v[None, :]), value.to(x.dtype.element_ty),
-             mask=(d < DK)[:, None] & (v < DV)[None, :])
+    store_rows(x, value, n * DK, DK, 0, 1, DV, v0, BK, BV)
 
 
 @jit
@@ -298,7 +295,7 @@ def inverse_length(x, NORM: tl.constexpr):
 @jit
 def prepare_kernel(q, k, g, beta, T, P, fq, fk, fr, gamma_C, cu_seqlens, first_chunk, chunk_seq, tokens, scale,
                    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                   VARLEN: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
+                   NORM: tl.constexpr, PREC: tl.constexpr):
     """What a chunk knows without the state.
 
         A = strictLower(beta_i D_ij K_i.K_j)    T = (I + A)^-1    P = tril(Q K^T D)
@@ -308,7 +305,7 @@ def prepare_kernel(q, k, g, beta, T, P, fq, fk, fr, gamma_C, cu_seqlens, first_c
     Reads q, k, g, beta; writes T, P [chunks, HV, C, C] in the dtype of k, fq, fk, fr [tokens, HV], gamma_C [chunks, HV].
     """
     c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
-    token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C, VARLEN)
+    token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C)
     chunk = c.to(tl.int64) * HV + h
     if left <= 0:
         return
@@ -351,7 +348,7 @@ def prepare_kernel(q, k, g, beta, T, P, fq, fk, fr, gamma_C, cu_seqlens, first_c
 @jit
 def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S_out, cu_seqlens, first_chunk, tokens,
                    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
-                   BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr, SAVE: tl.constexpr):
+                   BK: tl.constexpr, BV: tl.constexpr, SAVE: tl.constexpr):
     """The walk over the chunks of one sequence; nothing but the state is carried.
 
         U~  = T beta (V - gamma K S_0)
@@ -365,9 +362,9 @@ def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S
     v0, s, h = place(DV, BV, HV)
     hk = h // (HV // H)
     dt = k.dtype.element_ty
-    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C)
     row = s.to(tl.int64) * HV + h
-    S = load_matrix(S0, row, v0, DK, DV, BK, BV) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
+    S = load_matrix(S0, row, v0, DK, DV, BK, BV) if S0 is not None else tl.zeros([BK, BV], tl.float32)
     for n in range(tl.cdiv(length, C)):
         token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
         bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
@@ -397,7 +394,7 @@ def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S
 @jit
 def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, dstates, dS0, cu_seqlens, first_chunk, tokens,
                           H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
-                          BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, HAS_S0: tl.constexpr):
+                          BK: tl.constexpr, BV: tl.constexpr):
     """The walk back over the chunks.
 
         dU~  = P^T dO + gamma_C / gamma K dS_C
@@ -411,7 +408,7 @@ def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, 
     v0, s, h = place(DV, BV, HV)
     hk = h // (HV // H)
     dt = k.dtype.element_ty
-    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C, VARLEN)
+    start, length, first = sequence(cu_seqlens, first_chunk, s, tokens, C)
     row, chunks = s.to(tl.int64) * HV + h, tl.cdiv(length, C)
     dS = load_matrix(dS_out, row, v0, DK, DV, BK, BV)
     for m in range(chunks):
@@ -425,15 +422,18 @@ def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, 
         # 1. dU~ = P^T dO + gamma_C / gamma K dS_C
         dU = load_gate(fr, token, left, h, HV, C)[:, None] * tl.dot(bk, dS.to(dt), input_precision="ieee")
         dU += tl.dot(tl.trans(bP), bdo, input_precision="ieee")
-        # 2. X = T^T dU~
-        bX = tl.dot(tl.trans(bT), dU.to(dt), input_precision="ieee")
+        # 2. X = T^T dU~; for like keys rows of dU~ nearly cancel here, so that a 16-bit dU~ goes in as two halves
+        bdU = dU.to(dt)
+        bX = tl.dot(tl.trans(bT), bdU, input_precision="ieee")
+        if dt != tl.float32:
+            bX += tl.dot(tl.trans(bT), (dU - bdU.to(tl.float32)).to(dt), input_precision="ieee")
         store_rows(X, bX, token, left, h, HV, DV, v0, C, BV)
         # 3. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
         bdo = (load_gate(fq, token, left, h, HV, C)[:, None] * bdo).to(dt)
         bX *= (load_gate(beta, token, left, h, HV, C) * load_gate(fk, token, left, h, HV, C))[:, None]
         dS = tl.load(gamma_C + chunk) * dS + tl.dot(tl.trans(bq), bdo, input_precision="ieee")
         dS -= tl.dot(tl.trans(bk), bX.to(dt), input_precision="ieee")
-    if HAS_S0:
+    if dS0 is not None:
         store_matrix(dS0, dS, row, v0, DK, DV, BK, BV)
 
 
@@ -441,7 +441,7 @@ def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, 
 def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seqlens, first_chunk, chunk_seq,
                            tokens, stride, scale,
                            H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
-                           BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
+                           BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr):
     """The gradients of the two [C, C] matrices of a chunk, and their row and column sums.
 
         dP = dO U~^T             E = dP D (Q K^T)     sums[0] = rows(E),  sums[1] = cols(E) + rows(beta F) + cols(beta F)
@@ -453,7 +453,7 @@ def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seql
     so that they multiply q and k as they stand in memory) and the sums [4, tokens, HV].
     """
     c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
-    token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C, VARLEN)
+    token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C)
     chunk = c.to(tl.int64) * HV + h
     if left <= 0:
         return
@@ -492,7 +492,7 @@ def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seql
 def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dstates, dP, dA, sums, dq, dk, dg, dbeta,
                           cu_seqlens, first_chunk, chunk_seq, tokens, stride,
                           H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
-                          BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr):
+                          BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr):
     """The gradients of q, k, g and beta of one chunk.
 
         Y = gamma dO S_0^T    Z = gamma X S_0^T    R = gamma_C / gamma U~ dS_C^T
@@ -507,7 +507,7 @@ def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dst
     tiles [BK, BV] of the states and [C, BV] of dO, U~, X. Reads all those, the factors, beta, sums; writes dq, dk, dg, dbeta.
     """
     c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
-    token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C, VARLEN)
+    token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C)
     chunk = c.to(tl.int64) * HV + h
     if left <= 0:
         return
@@ -559,7 +559,7 @@ def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dst
 @jit
 def decode_kernel(q, k, v, g, beta, S0, o, S_out, tokens, scale,
                   H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
-                  BV: tl.constexpr, HAS_S0: tl.constexpr, NORM: tl.constexpr):
+                  BV: tl.constexpr, NORM: tl.constexpr):
     """The recurrence, as it stands in recurrent_gated_delta_rule, with the state read once and written once.
 
     Grid Dv / BV * B * HV. Registers: S [BK, BV] fp32. No shared memory but for the sums.
@@ -568,7 +568,7 @@ def decode_kernel(q, k, v, g, beta, S0, o, S_out, tokens, scale,
     v0, s, h = place(DV, BV, HV)
     s = s.to(tl.int64)
     dk, dv = tl.arange(0, BK), v0 + tl.arange(0, BV)
-    S = load_matrix(S0, s * HV + h, v0, DK, DV, BK, BV) if HAS_S0 else tl.zeros([BK, BV], tl.float32)
+    S = load_matrix(S0, s * HV + h, v0, DK, DV, BK, BV) if S0 is not None else tl.zeros([BK, BV], tl.float32)
     for t in range(tokens):
         at_k, at_v = ((s * tokens + t) * H + h // (HV // H)) * DK + dk, (s * tokens + t) * HV + h
         bk = tl.load(k + at_k, mask=dk < DK, other=0.0).to(tl.float32)
@@ -638,13 +638,13 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sca
     C, by_chunk, by_sequence, _ = triton_tiles(Dk, Dv, q.dtype)
     sequences, chunks, first_chunk, chunk_seq = chunk_table(q, cu_seqlens, C)
     o, S_out, T, P, factors, gamma_C = forward_outputs(q, v, g, cu_seqlens)
-    common = dict(H=H, HV=HV, DK=Dk, C=C, VARLEN=cu_seqlens is not None)
+    common = dict(H=H, HV=HV, DK=Dk, C=C)
     with on_device(q):
         prepare_kernel[(chunks, HV)](q, k, g, beta, T, P, *factors, gamma_C, cu_seqlens, first_chunk, chunk_seq, tokens, scale,
                                      **common, **by_chunk, NORM=norm, PREC="ieee" if q.dtype == torch.float32 else "tf32")
         forward_kernel[lambda m: (triton.cdiv(Dv, m["BV"]) * sequences * HV,)](
             q, k, v, beta, T, P, *factors, gamma_C, initial_state, o, None, None, S_out, cu_seqlens, first_chunk, tokens,
-            **common, **by_sequence, DV=Dv, HAS_S0=initial_state is not None, SAVE=False)
+            **common, **by_sequence, DV=Dv, SAVE=False)
     return o, S_out, T, P, factors, gamma_C
 
 
@@ -658,16 +658,15 @@ def launch_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sc
     states, dstates = q.new_empty(chunks, HV, Dk, Dv), q.new_empty(chunks, HV, Dk, Dv)
     dP, dA, sums = torch.empty_like(P), torch.empty_like(P), g.new_empty(4, *g.shape)
     U, X, dv, dg, dbeta = (torch.empty_like(x) for x in (v, v, v, g, beta))
-    dS0 = g.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
+    dS0 = None if initial_state is None else torch.empty_like(initial_state)
     dq, dk = (q.new_empty(B, tokens, HV, Dk, dtype=q.dtype if H == HV else torch.float32) for _ in range(2))
-    common = dict(H=H, HV=HV, DK=Dk, DV=Dv, C=C, VARLEN=cu_seqlens is not None)
-    walk = dict(common, **by_sequence, HAS_S0=initial_state is not None)
+    common = dict(H=H, HV=HV, DK=Dk, DV=Dv, C=C)
     walks = lambda m: (triton.cdiv(Dv, m["BV"]) * sequences * HV,)
     with on_device(q):
         forward_kernel[walks](q, k, v, beta, T, P, *factors, gamma_C, initial_state, None, U, states, None, cu_seqlens,
-                              first_chunk, tokens, **walk, SAVE=True)
+                              first_chunk, tokens, **common, **by_sequence, SAVE=True)
         backward_state_kernel[walks](q, k, beta, T, P, *factors, gamma_C, do, dS_out, X, dstates, dS0, cu_seqlens,
-                                     first_chunk, tokens, **walk)
+                                     first_chunk, tokens, **common, **by_sequence)
         backward_scores_kernel[(chunks, HV)](q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seqlens, first_chunk, chunk_seq,
                                              tokens, g.numel(), scale, **common, **by_block, NORM=norm)
         backward_chunk_kernel[(chunks, HV)](q, k, beta, *factors, gamma_C, do, U, X, states, dstates, dP, dA, sums, dq, dk, dg,
@@ -675,7 +674,7 @@ def launch_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sc
                                             NORM=norm)
     if H != HV:                                                          # value heads that share a key head
         dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(q.dtype) for x in (dq, dk))
-    return dq, dk, dv, dg, dbeta, dS0
+    return dq, dk, dv, dg, dbeta, g.new_empty(0) if dS0 is None else dS0
 
 
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
@@ -685,8 +684,7 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scal
     o, S_out = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv)
     with on_device(q):
         decode_kernel[(triton.cdiv(Dv, 16) * B * HV,)](q, k, v, g, beta, initial_state, o, S_out, tokens, scale, H=H, HV=HV, DK=Dk,
-                                                     DV=Dv, BK=triton.next_power_of_2(Dk), BV=16, num_warps=4,
-                                                     HAS_S0=initial_state is not None, NORM=norm)
+                                                     DV=Dv, BK=triton.next_power_of_2(Dk), BV=16, num_warps=4, NORM=norm)
     return o, S_out
 
 
@@ -831,9 +829,9 @@ def head_sizes(q, v):
 
 def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens=None):
     """Raise one sentence that says what is wrong and what would be right. Shapes are those of chunk_gated_delta_rule."""
-    for name, x in dict(q=q, v=v).items():
+    for name, x, dims in (("q", q, "H, Dk"), ("v", v, "HV, Dv")):
         if x.ndim != 4 or x.numel() == 0 or x.shape[:2] != q.shape[:2]:
-            raise ValueError(f"{name} must be [B, T, {'H, Dk' if name == 'q' else 'HV, Dv'}], not empty and of the B and T of q, not {list(x.shape)}")
+            raise ValueError(f"{name} must be [B, T, {dims}], not empty and of the B and T of q, not {list(x.shape)}")
     (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
     if HV % H:
         raise ValueError(f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
@@ -847,16 +845,14 @@ def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens=None):
         ends = [0, T] if torch.compiler.is_compiling() else cu_seqlens.tolist()        # a compiled graph cannot read values
         if ends[0] != 0 or ends[-1] != T or any(a >= b for a, b in zip(ends, ends[1:])):
             raise ValueError(f"cu_seqlens must rise from 0 to T = {T} without an empty sequence, not {str(ends)[:100]}")
-    shapes = dict(q=q.shape, k=q.shape, v=v.shape, g=v.shape[:3], beta=v.shape[:3], initial_state=(sequences, HV, Dk, Dv))
-    for (name, shape), x in zip(shapes.items(), (q, k, v, g, beta, initial_state)):
+    for name, x, shape in (("q", q, q.shape), ("k", k, q.shape), ("v", v, v.shape), ("g", g, v.shape[:3]), ("beta", beta, v.shape[:3]),
+                           ("initial_state", initial_state, (sequences, HV, Dk, Dv)), ("cu_seqlens", cu_seqlens, (sequences + 1,))):
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, not {list(x.shape)}")
-        if x is not None and not x.is_floating_point():
+        if x is not None and name != "cu_seqlens" and not x.is_floating_point():
             raise ValueError(f"{name} must be of a floating-point dtype, not {x.dtype}")
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, not on {x.device}")
-    if cu_seqlens is not None and cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, not on {cu_seqlens.device}")
 
 
 def check_options(unused):
@@ -945,19 +941,12 @@ def check(device):
                     print(f"  {backend:6} {str(dtype)[6:]:8} T={T:<3} d={Dk},{Dv:<3} {kind:9} ", *(f"{e:.0e}" for e in found))
 
 
-def seconds(function, device, budget=0.3):
-    """Median seconds of one call over at least three samples, about `budget` seconds in all; or why it does not run."""
-    def sample(n):
-        start = time.perf_counter()
-        for _ in range(n):
-            function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / n
+def seconds(function, budget=0.3):
+    """Median seconds of one call of `function`, its first one (which compiles and tunes) left out; or why it does not run."""
     try:
-        once = [sample(1) for _ in range(3)][-1]
-        n = max(1, int(0.01 / once)) if device == "cuda" else 1              # short GPU work: many calls between two clocks
-        return statistics.median(sample(n) for _ in range(max(3, min(25, int(budget / (n * once))))))
+        function()
+        timer = Timer("function()", globals=dict(function=function), num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=budget).median
     except RuntimeError as error:                                            # also torch.OutOfMemoryError
         return " ".join(str(error).split())[:60]
 
@@ -966,11 +955,11 @@ def rates(device, dtype):
     """-> this device's own bytes/s of a copy (read and written) and FLOP/s of a matmul."""
     n = 8192 if device == "cuda" else 2048
     buffer, square = torch.empty(16 * n * n, dtype=torch.uint8, device=device), torch.randn(n, n, device=device).to(dtype)
-    return 2 * buffer.numel() / seconds(buffer.clone, device), 2 * n**3 / seconds(lambda: square @ square, device)
+    return 2 * buffer.numel() / seconds(buffer.clone), 2 * n**3 / seconds(lambda: square @ square)
 
 
 def benchmark(device):
-    """-> rows of case, name, seconds forward, seconds forward + backward, and for ours FLOPs and least bytes of each."""
+    """-> rows of case, rule, seconds forward, seconds forward + backward, and for ours FLOPs and least bytes of each."""
     rules = {"ours, torch": functools.partial(chunk_gated_delta_rule, backend="torch", use_qk_l2norm_in_kernel=True)}
     with contextlib.suppress(ImportError):
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
@@ -998,10 +987,10 @@ def benchmark(device):
             def both():
                 o = rule(*inputs)[0]
                 torch.autograd.grad(o, inputs, torch.ones_like(o), allow_unused=True)
-            times = seconds(torch.no_grad()(lambda: rule(*inputs)), device), seconds(both, device)
+            times = seconds(torch.no_grad()(lambda: rule(*inputs))), seconds(both)
             rows.append([f"B={B} T={T} H={H} d={D}", name, *times, *(cost if name.startswith("ours") else [None] * 4)])
             print(*rows[-1][:4], sep="; ", flush=True)                       # a run that is cut off leaves what it measured
-            if device == "cuda" and (isinstance(times[0], str) or any(t > 0.2 for t in times if not isinstance(t, str))):
+            if device == "cuda" and not all(isinstance(t, float) and t < 0.2 for t in times):
                 slow.add((name, D))                                          # a longer T only takes longer
         if device == "cuda":
             q, k, v, g, beta, S = example(B, 1, H, H, D, D, dtype=dtype, device=device)
@@ -1010,7 +999,7 @@ def benchmark(device):
                      "SDPA, cache": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), *cache)}
             if "FLA" in rules:
                 steps["FLA"] = lambda: fla_step(q, k, v, g, beta, initial_state=S, output_final_state=True)
-            rows += [[f"one token after {T}, d={D}", name, seconds(torch.no_grad()(step), device), "-", *[None] * 4] for name, step in steps.items()]
+            rows += [[f"one token after {T}, d={D}", name, seconds(torch.no_grad()(step)), "-", *[None] * 4] for name, step in steps.items()]
     return rows
 
 
@@ -1026,17 +1015,16 @@ def main():
     limits = f"This device: copy {copy / 1e9:.0f} GB/s, matmul {matmul / 1e12:.3g} TFLOP/s."
     print(f"\n{limits}\ncase; rule; seconds forward; forward + backward")
     rows = benchmark(device)
-    time_of = {(case, name): both for case, name, _, both, *_ in rows}
-    text = lambda t: t if isinstance(t, str) else f"{1e3 * t:.3g} ms"
-    share = lambda t, flops, bytes_: "-" if isinstance(t, str) or not flops else f"{bytes_ / t / copy:.0%}, {flops / t / matmul:.0%}"
+    ours = {case: both for case, rule, _, both, *_ in rows if rule.startswith("ours")}        # Triton's where it runs
+    text = lambda t: f"{1e3 * t:.3g} ms" if isinstance(t, float) else t
+    share = lambda t, flops, bytes_: f"{bytes_ / t / copy:.0%}, {flops / t / matmul:.0%}" if flops and isinstance(t, float) else "-"
     lines = [title, limits, "",
              "| case | rule | forward | of copy, of matmul | forward + backward | of copy, of matmul | this / ours |", "|---" * 7 + "|"]
     ratios = []
     for case, rule, forward, both, f1, b1, f2, b2 in rows:
-        best = time_of.get((case, "ours, triton"), time_of.get((case, "ours, torch"), "-"))
-        ratio = "-" if isinstance(both, str) or isinstance(best, str) else f"{both / best:.2f}x"
-        ratios += [both / best] if rule == "transformers" and ratio != "-" else []
-        lines.append(f"| {case} | {rule} | {text(forward)} | {share(forward, f1, b1)} | {text(both)} | {share(both, f2, b2)} | {ratio} |")
+        ratio = both / ours[case] if isinstance(both, float) and isinstance(ours[case], float) else None
+        ratios += [ratio] if rule == "transformers" and ratio else []
+        lines.append(f"| {case} | {rule} | {text(forward)} | {share(forward, f1, b1)} | {text(both)} | {share(both, f2, b2)} | {f'{ratio:.2f}x' if ratio else '-'} |")
     if ratios:
         lines += ["", f"transformers' time / ours, forward + backward, median over the cases: {statistics.median(ratios):.2f}x"]
     if device == "cpu":
@@ -1047,16 +1035,15 @@ def main():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True)
-    for axis, i, what in zip(axes, (2, 3), ("forward", "forward + backward")):
-        for rule in dict.fromkeys(r[1] for r in rows if r[3] != "-"):
-            mine = [(r[0], 1e3 * r[i]) for r in rows if r[1] == rule and r[3] != "-" and not isinstance(r[i], str)]
-            axis.semilogy(*zip(*mine), "o", label=rule)
-        axis.set(title=f"{what}, ms", ylabel="ms")
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True, layout="tight")
+    figure.suptitle(title)
+    for axis, column, what in zip(axes, (2, 3), ("forward, ms", "forward + backward, ms")):
+        points = [(row[1], row[0], 1e3 * row[column]) for row in rows if row[3] != "-" and isinstance(row[column], float)]
+        for rule in dict.fromkeys(point[0] for point in points):
+            axis.semilogy(*zip(*(point[1:] for point in points if point[0] == rule)), "o", label=rule)
+        axis.set_title(what)
         axis.tick_params("x", rotation=90)
         axis.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(out / f"kernels_{device}.png", dpi=120)
     print(f"\nwritten to {out}: kernels_{device}.md, kernels_{device}.png")
 
