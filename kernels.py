@@ -19,16 +19,18 @@ Glossary: a tensor is [B, T, H, D] everywhere, a state [B, HV, Dk, Dv]
     C             at most 64         chunk length (triton_tiles, chunk_torch)
     gamma         [C]                cumulative decay in the chunk, exp(cumsum(g)); gamma_C is the last one
     D             [C, C]             D_ij = gamma_i / gamma_j for i >= j, else 0
-    A, T          [C, C]             A = strictLower(beta_i D_ij k_i.k_j), T = (I + A)^-1
-    P             [C, C]             tril(Q K^T D)
-    U~            [C, Dv]            T beta (V - gamma K S_0): the corrected values that the chunk writes
-    X             [C, Dv]            T^T dU~: what their gradient becomes behind T^T
+    M, P          [C, C]             M = strictLower(D K K^T), P = tril(D Q K^T)
+    N             [C, C]             -(I + M beta)^-1 M, so that (I + M beta)^-1 = I + N beta
+    V~            [C, Dv]            V - gamma K S_0 - M beta V~ = (I + N beta)(V - gamma K S_0): v_t - S~_t^T k_t of every token
+    U~            [C, Dv]            beta V~: what the chunk writes
+    X             [C, Dv]            dU~ - M^T beta X = dU~ + N^T beta dU~: the gradient of what is written, later readers included
 
 In the kernels bx is the tile of x in registers, b that of beta; v0 the first of its columns; |q| and scale, being factors of
-rows, are never multiplied into q and k but into fq, fk, fr, P, dP and dA.
+rows, are never multiplied into q and k but into fq, fk, fr, P, dP and dM.
 
-Where it differs from [1] and [3], and why: W = T beta gamma K is never formed. U~ = U - W S_0 = T beta (V - gamma K S_0), so
-one triangular factor a chunk serves forward and backward, dA = -X U~^T, and less goes through memory.
+Where it differs from [1] and [3], and why: their T = (I + beta M)^-1 beta and W = T gamma K are never formed. The one matrix N
+serves forward and backward, and what is kept is the error V~: then dV = beta X, dM = -beta X U~^T and dbeta = X.V~, a product of
+two numbers instead of a difference of sums, and beta = 0 needs no care.
 """
 from __future__ import annotations
 
@@ -100,73 +102,71 @@ def l2norm(x, eps=1e-6):
 # ------------------------------------------------------------------------------------------- chunked, in PyTorch
 
 class ChunkedTorch(torch.autograd.Function):
-    """The chunkwise form of one batch of rows, with its backward written out: q, k, v, g, beta [N, BH, C, ...], chunks first.
+    """The chunkwise form of one batch of rows, with its backward written out: q, k, v, g, beta [chunks, BH, C, ...].
 
     It walks chunk by chunk, so that what a chunk needs stays in the cache of a CPU. q carries the scale. Returns
-    o [N, BH, C, Dv] and the final state [BH, Dk, Dv]. The steps are those of the Triton kernels below.
+    o [chunks, BH, C, Dv] and the final state [BH, Dk, Dv]. The steps are those of the Triton kernels below.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, S0):
-        N, BH, C, _ = k.shape
+        chunks, BH, C, _ = k.shape
         # log gamma = cumsum(g) in fp64: its differences are exponents, and -1000.0 - (-1000.1) loses four digits in fp32
         log_gamma = g.double().cumsum(-1)
         gamma = log_gamma.exp().to(k.dtype)[..., None]                              # [N, BH, C, 1]
         rest = (log_gamma[..., -1:] - log_gamma).exp().to(k.dtype)[..., None]       # gamma_C / gamma
         b = beta[..., None]
-        D, T = k.new_empty(N, BH, C, C), k.new_empty(N, BH, C, C)
-        U, o, S = torch.empty_like(v), torch.empty_like(v), k.new_empty(N + 1, *S0.shape)
+        D, N = k.new_empty(chunks, BH, C, C), k.new_empty(chunks, BH, C, C)
+        error, o, S = torch.empty_like(v), torch.empty_like(v), k.new_empty(chunks + 1, *S0.shape)
         S[0] = S0
-        eye = torch.eye(C, dtype=k.dtype, device=k.device).expand(BH, C, C)
-        for n in range(N):
+        for n in range(chunks):
             # 1. D_ij = gamma_i / gamma_j for i >= j (above the diagonal exp may overflow; tril_ writes zeros over it)
             D[n].copy_(log_gamma[n, :, :, None] - log_gamma[n, :, None, :]).exp_().tril_()
-            # 2. A_ij = beta_i D_ij k_i.k_j for i > j,  T = (I + A)^-1 by substitution (which ignores the diagonal of A)
-            A = torch.bmm(k[n] * b[n], k[n].mT).mul_(D[n])
-            T[n] = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
-            # 3. U~ = T beta (V - gamma K S_0)
-            torch.bmm(T[n], torch.baddbmm(v[n], k[n] * gamma[n], S[n], alpha=-1).mul_(b[n]), out=U[n])
+            # 2. M = strictLower(D K K^T),  N = -(I + M beta)^-1 M by substitution
+            M = torch.bmm(k[n], k[n].mT).mul_(D[n]).tril_(-1)
+            N[n] = torch.linalg.solve_triangular(M * b[n].mT, M.neg(), upper=False, unitriangular=True)
+            # 3. V~ = (I + N beta)(V - gamma K S_0),  U~ = beta V~
+            V = torch.baddbmm(v[n], k[n] * gamma[n], S[n], alpha=-1)
+            U = torch.baddbmm(V, N[n], V * b[n], out=error[n]) * b[n]
             # 4. O = gamma Q S_0 + tril(Q K^T D) U~
             torch.bmm(q[n] * gamma[n], S[n], out=o[n])
-            o[n].baddbmm_(torch.bmm(q[n], k[n].mT).mul_(D[n]), U[n])
+            o[n].baddbmm_(torch.bmm(q[n], k[n].mT).mul_(D[n]), U)
             # 5. S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
-            torch.mul(S[n], gamma[n, :, -1:], out=S[n + 1]).baddbmm_((k[n] * rest[n]).mT, U[n])
-        ctx.save_for_backward(q, k, v, beta, gamma, rest, D, T, U, S)
+            torch.mul(S[n], gamma[n, :, -1:], out=S[n + 1]).baddbmm_((k[n] * rest[n]).mT, U)
+        ctx.save_for_backward(q, k, beta, gamma, rest, D, N, error, S)
         return o, S[-1].clone()
 
     @staticmethod
     def backward(ctx, do, dS):
         refuse_double_backward()
-        q, k, v, beta, gamma, rest, D, T, U, S = ctx.saved_tensors
-        b = beta[..., None]
-        dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
+        q, k, beta, gamma, rest, D, N, error, S = ctx.saved_tensors
+        dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, error, beta))
         dlog = torch.empty_like(beta, dtype=torch.float64)                          # gradient of log gamma
         with torch.autocast(q.device.type, enabled=False):
             for n in reversed(range(len(q))):
-                qn, kn, bn, Dn = q[n], k[n], b[n], D[n]
-                P, KK = torch.bmm(qn, kn.mT).mul_(Dn), torch.bmm(kn, kn.mT).mul_(Dn).tril_(-1)
-                # 1. dU~ = P^T dO + gamma_C / gamma K dS_C,  X = T^T dU~
-                X = torch.bmm(T[n].mT, torch.bmm(P.mT, do[n]).baddbmm_(kn * rest[n], dS))
-                # 2. Y = gamma dO S_0^T,  Z = gamma X S_0^T,  R = gamma_C / gamma U~ dS_C^T
-                Y, Z = torch.bmm(do[n], S[n].mT).mul_(gamma[n]), torch.bmm(X, S[n].mT).mul_(gamma[n])
-                R = torch.bmm(U[n], dS.mT).mul_(rest[n])
-                # 3. dP = dO U~^T,  dA = -X U~^T;  E = dP P,  F = dA K K^T D (both belong to log gamma)
-                dP, dA = torch.bmm(do[n], U[n].mT), torch.bmm(X, U[n].mT).neg_()
-                E, Fn = P.mul_(dP), KK.mul_(dA)
+                qn, kn, b, Dn = q[n], k[n], beta[n, ..., None], D[n]
+                P, M, U = torch.bmm(qn, kn.mT).mul_(Dn), torch.bmm(kn, kn.mT).mul_(Dn), error[n] * b
+                # 1. dU~ = P^T dO + gamma_C / gamma K dS_C,  X = dU~ + N^T beta dU~,  dV = beta X,  dbeta = X.V~
+                dU = torch.bmm(P.mT, do[n]).baddbmm_(kn * rest[n], dS)
+                X = torch.baddbmm(dU, N[n].mT, dU * b)
+                torch.mul(X, b, out=dv[n])
+                torch.sum(X.mul_(error[n]), -1, out=dbeta[n])
+                # 2. Y = gamma dO S_0^T,  Z = gamma dV S_0^T,  R = gamma_C / gamma U~ dS_C^T
+                Y, Z = torch.bmm(do[n], S[n].mT).mul_(gamma[n]), torch.bmm(dv[n], S[n].mT).mul_(gamma[n])
+                R = torch.bmm(U, dS.mT).mul_(rest[n])
+                # 3. dP = dO U~^T,  dM = -dV U~^T;  E = dP P,  F = dM M (both belong to log gamma)
+                dP, dM = torch.bmm(do[n], U.mT), torch.bmm(dv[n], U.mT).neg_().tril_(-1)
+                E = P.mul_(dP).add_(M.mul_(dM))                                     # E + F
                 dP.mul_(Dn)
-                dA.mul_(Dn).tril_(-1).mul_(bn)
-                # 4. dQ = Y + dP K,  dK = R - beta Z + dP^T Q + (beta dA) K + (beta dA)^T K,  dV = beta X
+                dM.mul_(Dn)
+                # 4. dQ = Y + dP K,  dK = R - Z + dP^T Q + dM K + dM^T K
                 torch.baddbmm(Y, dP, kn, out=dq[n])
-                torch.sub(R, Z * bn, out=dk[n]).baddbmm_(dP.mT, qn).baddbmm_(dA, kn).baddbmm_(dA.mT, kn)
-                torch.mul(X, bn, out=dv[n])
-                # 5. dbeta = rows(F) + X.V - K.Z
-                kz, kr = (kn * Z).sum(-1), (kn * R).sum(-1)
-                torch.add((X * v[n]).sum(-1), Fn.sum(-1), out=dbeta[n]).sub_(kz)
-                # 6. dlog gamma = rows(E + beta F) - cols(E + beta F) + Q.Y - beta K.Z - K.R, its last one + sum(K.R) + gamma_C S_0.dS_C
-                E.add_(Fn.mul_(bn))
-                dlog[n] = E.sum(-1, dtype=torch.float64) - E.sum(-2, dtype=torch.float64) + (qn * Y).sum(-1) - beta[n] * kz - kr
+                torch.sub(R, Z, out=dk[n]).baddbmm_(dP.mT, qn).baddbmm_(dM, kn).baddbmm_(dM.mT, kn)
+                # 5. dlog gamma = rows(E + F) - cols(E + F) + Q.Y - K.Z - K.R, its last one + sum(K.R) + gamma_C S_0.dS_C
+                kr = (kn * R).sum(-1)
+                dlog[n] = E.sum(-1, dtype=torch.float64) - E.sum(-2, dtype=torch.float64) + (qn * Y).sum(-1) - (kn * Z).sum(-1) - kr
                 dlog[n, :, -1] += kr.sum(-1) + gamma[n, :, -1, 0] * (S[n] * dS).sum((-1, -2))
-                # 7. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
+                # 6. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (gamma K)^T dV
                 dS = (dS * gamma[n, :, -1:]).baddbmm_((qn * gamma[n]).mT, do[n]).baddbmm_((kn * gamma[n]).mT, dv[n], alpha=-1)
         return dq, dk, dv, dlog.flip(-1).cumsum(-1).flip(-1).to(k.dtype), dbeta, dS    # dg_t = sum over i >= t of dlog gamma_i
 
@@ -177,11 +177,10 @@ def chunk_torch(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
     HV, Dv = v.shape[2:]
     work = torch.promote_types(q.dtype, torch.float32)
     C = min(64 if max(Dk, Dv) > 32 else 32, T)                                     # measured: small heads like small chunks
-    N = -(-T // C)
 
-    def chunks(x):                                                                 # [B, T, H or HV, ...] -> [N, B HV, C, ...]
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, N * C - T))                       # k = v = beta = g = 0 changes nothing
-        x = x.unflatten(1, (N, C)).transpose(2, 3).transpose(0, 1)
+    def chunks(x):                                                                 # [B, T, H or HV, ...] -> [chunks, B HV, C, ...]
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -T % C))                          # k = v = beta = g = 0 changes nothing
+        x = x.unflatten(1, (-1, C)).transpose(2, 3).transpose(0, 1)
         return x.repeat_interleave(HV // x.shape[2], 2).flatten(1, 2).contiguous()
 
     with torch.autocast(q.device.type, enabled=False):
@@ -290,19 +289,39 @@ def inverse_length(x, NORM: tl.constexpr):
     return tl.rsqrt(tl.sum(x * x, 1) + 1e-6) if NORM else tl.full([x.shape[0]], 1.0, tl.float32)
 
 
+@jit
+def two_halves(x, dt: tl.constexpr):
+    """fp32 x -> high, low of the 16-bit dt: high + low has the first 15 bits of x (20 in fp16). tf32 would keep 11."""
+    keep: tl.constexpr = -8192 if dt == tl.float16 else -65536           # the bits of an fp32 number that dt holds
+    high = (x.to(tl.int32, bitcast=True) & keep).to(tl.float32, bitcast=True)
+    return high.to(dt), (x - high).to(dt)
+
+
+@jit
+def product(a, b, c, dt: tl.constexpr):
+    """a b + c of fp32 matrices; for a 16-bit dt in its tensor cores, with factors of two halves: where keys are alike the
+    merges of N cancel down to digits that tf32 drops."""
+    if dt == tl.float32:
+        return tl.dot(a, b, c, input_precision="ieee")
+    else:
+        a_high, a_low = two_halves(a, dt)
+        b_high, b_low = two_halves(b, dt)
+        return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high, c)))
+
+
 # ------------------------------------------------------------------------------------------- the kernels (Triton)
 
 @jit
-def prepare_kernel(q, k, g, beta, T, P, fq, fk, fr, gamma_C, cu_seqlens, first_chunk, chunk_seq, tokens, scale,
+def prepare_kernel(q, k, g, beta, N, P, fq, fk, fr, gamma_C, cu_seqlens, first_chunk, chunk_seq, tokens, scale,
                    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                   NORM: tl.constexpr, PREC: tl.constexpr):
+                   NORM: tl.constexpr):
     """What a chunk knows without the state.
 
-        A = strictLower(beta_i D_ij K_i.K_j)    T = (I + A)^-1    P = tril(Q K^T D)
+        M = strictLower(D K K^T)    N = -(I + M beta)^-1 M    P = tril(D Q K^T)
         fq = scale gamma / |q|    fk = gamma / |k|    fr = (gamma_C / gamma) / |k|      (so that gamma Q = fq q, gamma K = fk k)
 
-    Grid (chunks, HV). Registers: A, T, P [C, C] fp32. Shared memory: q, k [C, BK] and the operands of the merges.
-    Reads q, k, g, beta; writes T, P [chunks, HV, C, C] in the dtype of k, fq, fk, fr [tokens, HV], gamma_C [chunks, HV].
+    Grid (chunks, HV). Registers: M, N, P [C, C] fp32. Shared memory: q, k [C, BK] and the operands of the merges.
+    Reads q, k, g, beta; writes N, P [chunks, HV, C, C] in the dtype of k, fq, fk, fr [tokens, HV], gamma_C [chunks, HV].
     """
     c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
     token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C)
@@ -312,52 +331,55 @@ def prepare_kernel(q, k, g, beta, T, P, fq, fk, fr, gamma_C, cu_seqlens, first_c
     # 1. the decay and the norms, as factors of rows
     bq = load_rows(q, token, left, hk, H, DK, 0, C, BK)
     bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
+    dt = k.dtype.element_ty
     rq, rk = inverse_length(bq, NORM) * scale, inverse_length(bk, NORM)
     D, gamma, rest, last = decay(load_gate(g, token, left, h, HV, C), C)
     store_gate(fq, gamma * rq, token, left, h, HV, C)
     store_gate(fk, gamma * rk, token, left, h, HV, C)
     store_gate(fr, rest * rk, token, left, h, HV, C)
     tl.store(gamma_C + chunk, last)
-    # 2. P and A
+    # 2. P and M
     D *= rk[None, :]
     bP = tl.dot(bq, tl.trans(bk), input_precision="ieee") * D * rq[:, None]
     store_matrix(P, bP, chunk, 0, C, C, C, C)
     r = tl.arange(0, C)
     row, col = r[:, None], r[None, :]
+    M = tl.where(row > col, tl.dot(bk, tl.trans(bk), input_precision="ieee") * D * rk[:, None], 0.0)
+    # 3. N: the 8 x 8 blocks on the diagonal, all at once, by forward substitution: N_i = -M_i - sum_j M_ij beta_j N_j
     b = load_gate(beta, token, left, h, HV, C)
-    A = tl.where(row > col, tl.dot(bk, tl.trans(bk), input_precision="ieee") * D * (b * rk)[:, None], 0.0)
-    # 3. T: the 8 x 8 blocks on the diagonal, all at once, by forward substitution: T_i = e_i - sum_j A_ij T_j
     blocks: tl.constexpr = C // 8
     n, i8 = tl.arange(0, blocks), tl.arange(0, 8)
     diagonal = (n[:, None] == n[None, :])[:, None, :, None]
-    A8 = tl.sum(tl.where(diagonal, tl.reshape(A, (blocks, 8, blocks, 8)), 0.0), 2)              # [blocks, 8, 8]
+    M8 = tl.sum(tl.where(diagonal, tl.reshape(M, (blocks, 8, blocks, 8)), 0.0), 2)              # [blocks, 8, 8]
     row8 = i8[None, :, None]
-    T8 = tl.where((row8 == i8[None, None, :]) & (n[:, None, None] >= 0), 1.0, 0.0)
+    N8 = -M8
+    M8 *= tl.reshape(b, (blocks, 8))[:, None, :]
     for i in range(1, 8):
-        A_i = tl.sum(tl.where(row8 == i, A8, 0.0), 1)
-        T8 -= tl.where(row8 == i, tl.sum(A_i[:, :, None] * T8, 1)[:, None, :], 0.0)
-    bT = tl.reshape(tl.where(diagonal, T8[:, :, None, :], 0.0), (C, C))
-    # 4. merge neighbours, 8 -> 16 -> 32 -> 64: [[T1, 0], [-T2 A21 T1, T2]]. No series: no power of A is ever formed
+        M_i = tl.sum(tl.where(row8 == i, M8, 0.0), 1)
+        N8 -= tl.where(row8 == i, tl.sum(M_i[:, :, None] * N8, 1)[:, None, :], 0.0)
+    bN = tl.reshape(tl.where(diagonal, N8[:, :, None, :], 0.0), (C, C))
+    # 4. merge neighbours, 8 -> 16 -> 32 -> 64: N21 = -(I + N2 beta) M21 (I + beta N1). No series: no power of M is ever formed
     for level in tl.static_range(0, C.bit_length() - 4):
         size = 8 << level
-        A21 = tl.where((row // (2 * size) == col // (2 * size)) & (row // size > col // size), A, 0.0)
-        bT -= tl.dot(bT, tl.dot(A21, bT, input_precision=PREC), input_precision=PREC)
-    store_matrix(T, bT, chunk, 0, C, C, C, C)
+        M21 = tl.where((row // (2 * size) == col // (2 * size)) & (row // size > col // size), M, 0.0)
+        M21 = product(M21 * b[None, :], bN, M21, dt)
+        bN -= product(bN * b[None, :], M21, M21, dt)
+    store_matrix(N, bN, chunk, 0, C, C, C, C)
 
 
 @jit
-def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S_out, cu_seqlens, first_chunk, tokens,
+def forward_kernel(q, k, v, beta, N, P, fq, fk, fr, gamma_C, S0, o, error, states, S_out, cu_seqlens, first_chunk, tokens,
                    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
                    BK: tl.constexpr, BV: tl.constexpr, SAVE: tl.constexpr):
     """The walk over the chunks of one sequence; nothing but the state is carried.
 
-        U~  = T beta (V - gamma K S_0)
+        V~  = (I + N beta)(V - gamma K S_0),  U~ = beta V~
         O   = gamma Q S_0 + P U~
         S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
 
-    Grid Dv / BV * sequences * HV: columns of S never meet. Registers: S [BK, BV] fp32, U~ and O [C, BV] fp32.
-    Shared memory: tiles of q, k [C, BK], v [C, BV], T, P [C, C] on their way in. Reads those, the factors, beta, S0.
-    Writes o and the final state; or, for the backward pass (SAVE, without q and P), U~ and the state at the start of each chunk.
+    Grid Dv / BV * sequences * HV: columns of S never meet. Registers: S [BK, BV] fp32, V~ and O [C, BV] fp32.
+    Shared memory: tiles of q, k [C, BK], v [C, BV], N, P [C, C] on their way in. Reads those, the factors, beta, S0.
+    Writes o and the final state; or, for the backward pass (SAVE, without q and P), V~ and the state at the start of each chunk.
     """
     v0, s, h = place(DV, BV, HV)
     hk = h // (HV // H)
@@ -369,14 +391,15 @@ def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S
         token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
         bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
         bv = load_rows(v, token, left, h, HV, DV, v0, C, BV)
-        bT = load_matrix(T, chunk, 0, C, C, C, C)
+        bN = load_matrix(N, chunk, 0, C, C, C, C)
         b, k_in = load_gate(beta, token, left, h, HV, C), load_gate(fk, token, left, h, HV, C)
-        # 1. U~ = T beta (V - gamma K S_0)
+        # 1. V~ = (I + N beta)(V - gamma K S_0),  U~ = beta V~
         Sd = S.to(dt)
-        error = b[:, None] * (bv - k_in[:, None] * tl.dot(bk, Sd, input_precision="ieee"))
-        bU = tl.dot(bT, error.to(dt), input_precision="ieee")
+        bV = bv - k_in[:, None] * tl.dot(bk, Sd, input_precision="ieee")
+        bV = tl.dot(bN, (b[:, None] * bV).to(dt), bV, input_precision="ieee")
+        bU = b[:, None] * bV
         if SAVE:
-            store_rows(U, bU, token, left, h, HV, DV, v0, C, BV)
+            store_rows(error, bV, token, left, h, HV, DV, v0, C, BV)
             store_matrix(states, S, chunk, v0, DK, DV, BK, BV)
         else:
             # 2. O = gamma Q S_0 + P U~
@@ -392,17 +415,17 @@ def forward_kernel(q, k, v, beta, T, P, fq, fk, fr, gamma_C, S0, o, U, states, S
 
 
 @jit
-def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, dstates, dS0, cu_seqlens, first_chunk, tokens,
+def backward_state_kernel(q, k, beta, N, P, fq, fk, fr, gamma_C, do, dS_out, X, dstates, dS0, cu_seqlens, first_chunk, tokens,
                           H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
                           BK: tl.constexpr, BV: tl.constexpr):
     """The walk back over the chunks.
 
         dU~  = P^T dO + gamma_C / gamma K dS_C
-        X    = T^T dU~                                              (so dV = beta X and dA = -X U~^T)
+        X    = dU~ + N^T beta dU~                                   (so dV = beta X)
         dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
 
     Grid Dv / BV * sequences * HV. Registers: dS [BK, BV] fp32, dU~ and X [C, BV] fp32.
-    Shared memory: tiles of q, k [C, BK], dO [C, BV], T, P [C, C] on their way in. Reads those, the factors, beta and the
+    Shared memory: tiles of q, k [C, BK], dO [C, BV], N, P [C, C] on their way in. Reads those, the factors, beta and the
     final state's gradient; writes X, the gradient of the state at the end of each chunk, and that of the initial state.
     """
     v0, s, h = place(DV, BV, HV)
@@ -417,20 +440,22 @@ def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, 
         bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
         bq = load_rows(q, token, left, hk, H, DK, 0, C, BK)
         bdo = load_rows(do, token, left, h, HV, DV, v0, C, BV)
-        bT, bP = load_matrix(T, chunk, 0, C, C, C, C), load_matrix(P, chunk, 0, C, C, C, C)
+        bN, bP = load_matrix(N, chunk, 0, C, C, C, C), load_matrix(P, chunk, 0, C, C, C, C)
+        b = load_gate(beta, token, left, h, HV, C)
         store_matrix(dstates, dS, chunk, v0, DK, DV, BK, BV)
         # 1. dU~ = P^T dO + gamma_C / gamma K dS_C
         dU = load_gate(fr, token, left, h, HV, C)[:, None] * tl.dot(bk, dS.to(dt), input_precision="ieee")
         dU += tl.dot(tl.trans(bP), bdo, input_precision="ieee")
-        # 2. X = T^T dU~; for like keys rows of dU~ nearly cancel here, so that a 16-bit dU~ goes in as two halves
-        bdU = dU.to(dt)
-        bX = tl.dot(tl.trans(bT), bdU, input_precision="ieee")
-        if dt != tl.float32:
-            bX += tl.dot(tl.trans(bT), (dU - bdU.to(tl.float32)).to(dt), input_precision="ieee")
+        # 2. X = dU~ + N^T beta dU~; for like keys the two nearly cancel, so a 16-bit beta dU~ goes in as two halves
+        if dt == tl.float32:
+            bX = tl.dot(tl.trans(bN), b[:, None] * dU, dU, input_precision="ieee")
+        else:
+            high, low = two_halves(b[:, None] * dU, dt)
+            bX = tl.dot(tl.trans(bN), high, tl.dot(tl.trans(bN), low, dU))
         store_rows(X, bX, token, left, h, HV, DV, v0, C, BV)
         # 3. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (beta gamma K)^T X
         bdo = (load_gate(fq, token, left, h, HV, C)[:, None] * bdo).to(dt)
-        bX *= (load_gate(beta, token, left, h, HV, C) * load_gate(fk, token, left, h, HV, C))[:, None]
+        bX *= (b * load_gate(fk, token, left, h, HV, C))[:, None]
         dS = tl.load(gamma_C + chunk) * dS + tl.dot(tl.trans(bq), bdo, input_precision="ieee")
         dS -= tl.dot(tl.trans(bk), bX.to(dt), input_precision="ieee")
     if dS0 is not None:
@@ -438,19 +463,19 @@ def backward_state_kernel(q, k, beta, T, P, fq, fk, fr, gamma_C, do, dS_out, X, 
 
 
 @jit
-def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seqlens, first_chunk, chunk_seq,
+def backward_scores_kernel(q, k, g, beta, do, error, X, dP, dM, dv, dbeta, sums, cu_seqlens, first_chunk, chunk_seq,
                            tokens, stride, scale,
                            H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
                            BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr):
-    """The gradients of the two [C, C] matrices of a chunk, and their row and column sums.
+    """The gradients of the two [C, C] matrices of a chunk, with their row and column sums, and of v and beta.
 
-        dP = dO U~^T             E = dP D (Q K^T)     sums[0] = rows(E),  sums[1] = cols(E) + rows(beta F) + cols(beta F)
-        dA = -X U~^T, i > j      F = dA D (K K^T)     sums[2] = rows(E) - cols(E) + rows(beta F) - cols(beta F)
-        dV = beta X                                   sums[3] = rows(F) + X.V
+        dP = dO U~^T                 E = dP P      sums[0] = rows(E),  sums[1] = cols(E) + rows(F) + cols(F)
+        dM = -beta X U~^T, i > j     F = dM M      sums[2] = rows(E) - cols(E) + rows(F) - cols(F)
+        dV = beta X                  dbeta = X.V~
 
-    Grid (chunks, HV). Registers: dP, dA, Q K^T, K K^T [C, C] fp32. Shared memory: q, k [C, BK] and dO, U~, X [C, BV].
-    Reads q, k, v, dO, U~, X, g, beta; writes dv, dP D and beta dA D [chunks, HV, C, C] (times scale / (|q| |k|) and 1 / |k|^2,
-    so that they multiply q and k as they stand in memory) and the sums [4, tokens, HV].
+    Grid (chunks, HV). Registers: dP, dM, Q K^T, K K^T [C, C] fp32. Shared memory: q, k [C, BK] and dO, V~, X [C, BV].
+    Reads q, k, dO, V~, X, g, beta; writes dv, dbeta, dP D and dM D [chunks, HV, C, C] (times scale / (|q| |k|) and 1 / |k|^2,
+    so that they multiply q and k as they stand in memory) and the sums [3, tokens, HV].
     """
     c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
     token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C)
@@ -458,53 +483,52 @@ def backward_scores_kernel(q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seql
     if left <= 0:
         return
     b = load_gate(beta, token, left, h, HV, C)
-    # 1. dO U~^T, X U~^T, X.V, dV
-    bdP, bdA, xv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    # 1. dO V~^T, X V~^T, X.V~, dV
+    bdP, bdM, xv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for v0 in range(0, DV, BV):
-        bdo, bU = load_rows(do, token, left, h, HV, DV, v0, C, BV), load_rows(U, token, left, h, HV, DV, v0, C, BV)
-        bX, bv = load_rows(X, token, left, h, HV, DV, v0, C, BV), load_rows(v, token, left, h, HV, DV, v0, C, BV)
-        bdP += tl.dot(bdo, tl.trans(bU), input_precision="ieee")
-        bdA -= tl.dot(bX, tl.trans(bU), input_precision="ieee")
-        xv += tl.sum(bX.to(tl.float32) * bv.to(tl.float32), 1)
+        bdo, bX = load_rows(do, token, left, h, HV, DV, v0, C, BV), load_rows(X, token, left, h, HV, DV, v0, C, BV)
+        bV = load_rows(error, token, left, h, HV, DV, v0, C, BV)
+        bdP += tl.dot(bdo, tl.trans(bV), input_precision="ieee")
+        bdM -= tl.dot(bX, tl.trans(bV), input_precision="ieee")
+        xv += tl.sum(bX.to(tl.float32) * bV.to(tl.float32), 1)
         store_rows(dv, b[:, None] * bX, token, left, h, HV, DV, v0, C, BV)
-    # 2. dP, dA
+    store_gate(dbeta, xv, token, left, h, HV, C)
+    # 2. dP, dM: U~ = beta V~, a factor of columns here
     bq = load_rows(q, token, left, hk, H, DK, 0, C, BK)
     bk = load_rows(k, token, left, hk, H, DK, 0, C, BK)
     rq, rk = inverse_length(bq, NORM) * scale, inverse_length(bk, NORM)
     D, gamma, rest, last = decay(load_gate(g, token, left, h, HV, C), C)
-    D *= rk[None, :]
+    D *= (b * rk)[None, :]
     r = tl.arange(0, C)
     bdP *= D * rq[:, None]
-    bdA = tl.where(r[:, None] > r[None, :], bdA * D * rk[:, None], 0.0)
+    bdM = tl.where(r[:, None] > r[None, :], bdM * D * (b * rk)[:, None], 0.0)
     store_matrix(dP, bdP, chunk, 0, C, C, C, C)
-    store_matrix(dA, bdA * b[:, None], chunk, 0, C, C, C, C)
+    store_matrix(dM, bdM, chunk, 0, C, C, C, C)
     # 3. E, F and their sums
     E = bdP * tl.dot(bq, tl.trans(bk), input_precision="ieee")
-    F = bdA * tl.dot(bk, tl.trans(bk), input_precision="ieee")
-    E_row, E_col, F_row, F_col = tl.sum(E, 1), tl.sum(E, 0), tl.sum(F, 1), tl.sum(F * b[:, None], 0)
+    F = bdM * tl.dot(bk, tl.trans(bk), input_precision="ieee")
+    E_row, E_col, F_row, F_col = tl.sum(E, 1), tl.sum(E, 0), tl.sum(F, 1), tl.sum(F, 0)
     store_gate(sums, E_row, token, left, h, HV, C)
-    store_gate(sums + stride, E_col + b * F_row + F_col, token, left, h, HV, C)
-    store_gate(sums + 2 * stride, E_row - E_col + b * F_row - F_col, token, left, h, HV, C)
-    store_gate(sums + 3 * stride, F_row + xv, token, left, h, HV, C)
+    store_gate(sums + stride, E_col + F_row + F_col, token, left, h, HV, C)
+    store_gate(sums + 2 * stride, E_row - E_col + F_row - F_col, token, left, h, HV, C)
 
 
 @jit
-def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dstates, dP, dA, sums, dq, dk, dg, dbeta,
+def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, error, X, states, dstates, dP, dM, sums, dq, dk, dg,
                           cu_seqlens, first_chunk, chunk_seq, tokens, stride,
                           H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
                           BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr):
-    """The gradients of q, k, g and beta of one chunk.
+    """The gradients of q, k and g of one chunk.
 
-        Y = gamma dO S_0^T    Z = gamma X S_0^T    R = gamma_C / gamma U~ dS_C^T
-        dQ = Y + dP D K       dK = R - beta Z + (dP D)^T Q + (beta dA D) K + (beta dA D)^T K
-        dbeta      = rows(F) + X.V - K.Z
-        dlog gamma = rows(E) - cols(E) + rows(beta F) - cols(beta F) + Q.Y - beta K.Z - K.R
+        Y = gamma dO S_0^T    Z = beta gamma X S_0^T    R = gamma_C / gamma U~ dS_C^T
+        dQ = Y + dP D K       dK = R - Z + (dP D)^T Q + (dM D) K + (dM D)^T K
+        dlog gamma = rows(E) - cols(E) + rows(F) - cols(F) + Q.Y - K.Z - K.R
         dg_t       = sum over i >= t of dlog gamma_i, + sum(K.R) + gamma_C S_0.dS_C
 
     With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, where Q.dQ = rows(E) + Q.Y and
-    K.dK = cols(E) + rows(beta F) + cols(beta F) + K.R - beta K.Z.
-    Grid (chunks, HV). Registers: Y, which becomes dq; then Z and R, which becomes dk, [C, BK] fp32. Shared memory: q, k [C, BK], dP, dA [C, C],
-    tiles [BK, BV] of the states and [C, BV] of dO, U~, X. Reads all those, the factors, beta, sums; writes dq, dk, dg, dbeta.
+    K.dK = cols(E) + rows(F) + cols(F) + K.R - K.Z.
+    Grid (chunks, HV). Registers: Y, which becomes dq; then Z and R, which becomes dk, [C, BK] fp32. Shared memory: q, k [C, BK], dP, dM [C, C],
+    tiles [BK, BV] of the states and [C, BV] of dO, V~, X. Reads all those, the factors, beta, sums; writes dq, dk, dg.
     """
     c, h, hk = tl.program_id(0), tl.program_id(1), tl.program_id(1) // (HV // H)
     token, left = chunk_rows(c, cu_seqlens, first_chunk, chunk_seq, tokens, C)
@@ -531,27 +555,26 @@ def backward_chunk_kernel(q, k, beta, fq, fk, fr, gamma_C, do, U, X, states, dst
     for v0 in range(0, DV, BV):
         bX, S = load_rows(X, token, left, h, HV, DV, v0, C, BV), load_matrix(states, chunk, v0, DK, DV, BK, BV)
         Z += tl.dot(bX, tl.trans(S), input_precision="ieee")
-    Z *= load_gate(fk, token, left, h, HV, C)[:, None]
+    Z *= (b * load_gate(fk, token, left, h, HV, C))[:, None]
     kz = tl.sum(bk.to(tl.float32) * Z, 1)
     R, sds = tl.zeros([C, BK], tl.float32), 0.0
     for v0 in range(0, DV, BV):
-        bU, dS = load_rows(U, token, left, h, HV, DV, v0, C, BV), load_matrix(dstates, chunk, v0, DK, DV, BK, BV)
-        R += tl.dot(bU, tl.trans(dS), input_precision="ieee")
+        bV, dS = load_rows(error, token, left, h, HV, DV, v0, C, BV), load_matrix(dstates, chunk, v0, DK, DV, BK, BV)
+        R += tl.dot(bV, tl.trans(dS), input_precision="ieee")
         sds += tl.sum(load_matrix(states, chunk, v0, DK, DV, BK, BV).to(tl.float32) * dS.to(tl.float32))
-    R *= load_gate(fr, token, left, h, HV, C)[:, None]
+    R *= (b * load_gate(fr, token, left, h, HV, C))[:, None]
     kr = tl.sum(bk.to(tl.float32) * R, 1)
-    R -= b[:, None] * Z
+    R -= Z
     R += tl.dot(tl.trans(bdP), bq, input_precision="ieee")
-    bdA = load_matrix(dA, chunk, 0, C, C, C, C)
-    R += tl.dot(bdA, bk, input_precision="ieee")
-    R += tl.dot(tl.trans(bdA), bk, input_precision="ieee")
+    bdM = load_matrix(dM, chunk, 0, C, C, C, C)
+    R += tl.dot(bdM, bk, input_precision="ieee")
+    R += tl.dot(tl.trans(bdM), bk, input_precision="ieee")
     if NORM:
         rk = inverse_length(bk, NORM)
-        R -= (rk * rk * (load_gate(sums + stride, token, left, h, HV, C) + kr - b * kz))[:, None] * bk.to(tl.float32)
+        R -= (rk * rk * (load_gate(sums + stride, token, left, h, HV, C) + kr - kz))[:, None] * bk.to(tl.float32)
     store_rows(dk, R, token, left, h, HV, DK, 0, C, BK)
-    # 3. dbeta, dg
-    store_gate(dbeta, load_gate(sums + 3 * stride, token, left, h, HV, C) - kz, token, left, h, HV, C)
-    dlog = load_gate(sums + 2 * stride, token, left, h, HV, C) + qy - b * kz - kr
+    # 3. dg
+    dlog = load_gate(sums + 2 * stride, token, left, h, HV, C) + qy - kz - kr
     after = tl.sum(dlog, 0) - tl.cumsum(dlog, 0) + dlog                  # sum over i >= t
     store_gate(dg, after + tl.sum(kr, 0) + tl.load(gamma_C + chunk) * sds, token, left, h, HV, C)
 
@@ -601,6 +624,17 @@ def triton_tiles(Dk, Dv, dtype):
             dict(BK=BK, BV=min(BV, {torch.bfloat16: 128, torch.float16: 64}.get(dtype, 32) if BK <= 128 else 32), num_warps=4, num_stages=1))
 
 
+@functools.lru_cache(maxsize=None)
+def compute_capability(device):
+    """The generation of a GPU: 8 Ampere and Ada, 9 Hopper, 10 Blackwell."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def prepare_registers(q):
+    """Registers a thread of prepare_kernel may take. With 168, three programs share a multiprocessor, not two; before Hopper it would spill."""
+    return 168 if q.dtype != torch.float32 and q.shape[3] <= 128 and compute_capability(q.device) >= 9 else 255
+
+
 def chunk_table(q, cu_seqlens, C):
     """-> sequences, chunks (at most), first chunk of each sequence, sequence of each chunk or -1. Nothing waits for the GPU."""
     B, T = q.shape[:2]
@@ -633,45 +667,44 @@ def forward_outputs(q, v, g, cu_seqlens):
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
                    cu_seqlens: Optional[Tensor], norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> o, final state; and for the backward pass T, P, (fq, fk, fr), gamma_C. Contiguous inputs; q, k, v of one dtype."""
+    """-> o, final state; and for the backward pass N, P, (fq, fk, fr), gamma_C. Contiguous inputs; q, k, v of one dtype."""
     tokens, H, Dk, HV, Dv = *q.shape[1:], *v.shape[2:]
     C, by_chunk, by_sequence, _ = triton_tiles(Dk, Dv, q.dtype)
     sequences, chunks, first_chunk, chunk_seq = chunk_table(q, cu_seqlens, C)
-    o, S_out, T, P, factors, gamma_C = forward_outputs(q, v, g, cu_seqlens)
+    o, S_out, N, P, factors, gamma_C = forward_outputs(q, v, g, cu_seqlens)
     common = dict(H=H, HV=HV, DK=Dk, C=C)
     with on_device(q):
-        prepare_kernel[(chunks, HV)](q, k, g, beta, T, P, *factors, gamma_C, cu_seqlens, first_chunk, chunk_seq, tokens, scale,
-                                     **common, **by_chunk, NORM=norm, PREC="ieee" if q.dtype == torch.float32 else "tf32")
+        prepare_kernel[(chunks, HV)](q, k, g, beta, N, P, *factors, gamma_C, cu_seqlens, first_chunk, chunk_seq, tokens, scale,
+                                     **common, **by_chunk, NORM=norm, maxnreg=prepare_registers(q))
         forward_kernel[lambda m: (triton.cdiv(Dv, m["BV"]) * sequences * HV,)](
-            q, k, v, beta, T, P, *factors, gamma_C, initial_state, o, None, None, S_out, cu_seqlens, first_chunk, tokens,
+            q, k, v, beta, N, P, *factors, gamma_C, initial_state, o, None, None, S_out, cu_seqlens, first_chunk, tokens,
             **common, **by_sequence, DV=Dv, SAVE=False)
-    return o, S_out, T, P, factors, gamma_C
+    return o, S_out, N, P, factors, gamma_C
 
 
 def launch_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Optional[Tensor],
-                    cu_seqlens: Optional[Tensor], norm: bool, T: Tensor, P: Tensor, factors: Tensor, gamma_C: Tensor,
+                    cu_seqlens: Optional[Tensor], norm: bool, N: Tensor, P: Tensor, factors: Tensor, gamma_C: Tensor,
                     do: Tensor, dS_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of q, k, v, g, beta and initial_state (empty without one)."""
     B, tokens, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
     C, _, by_sequence, by_block = triton_tiles(Dk, Dv, q.dtype)
     sequences, chunks, first_chunk, chunk_seq = chunk_table(q, cu_seqlens, C)
     states, dstates = q.new_empty(chunks, HV, Dk, Dv), q.new_empty(chunks, HV, Dk, Dv)
-    dP, dA, sums = torch.empty_like(P), torch.empty_like(P), g.new_empty(4, *g.shape)
-    U, X, dv, dg, dbeta = (torch.empty_like(x) for x in (v, v, v, g, beta))
+    dP, dM, sums = torch.empty_like(P), torch.empty_like(P), g.new_empty(3, *g.shape)
+    error, X, dv, dg, dbeta = (torch.empty_like(x) for x in (v, v, v, g, beta))
     dS0 = None if initial_state is None else torch.empty_like(initial_state)
     dq, dk = (q.new_empty(B, tokens, HV, Dk, dtype=q.dtype if H == HV else torch.float32) for _ in range(2))
     common = dict(H=H, HV=HV, DK=Dk, DV=Dv, C=C)
     walks = lambda m: (triton.cdiv(Dv, m["BV"]) * sequences * HV,)
     with on_device(q):
-        forward_kernel[walks](q, k, v, beta, T, P, *factors, gamma_C, initial_state, None, U, states, None, cu_seqlens,
+        forward_kernel[walks](q, k, v, beta, N, P, *factors, gamma_C, initial_state, None, error, states, None, cu_seqlens,
                               first_chunk, tokens, **common, **by_sequence, SAVE=True)
-        backward_state_kernel[walks](q, k, beta, T, P, *factors, gamma_C, do, dS_out, X, dstates, dS0, cu_seqlens,
+        backward_state_kernel[walks](q, k, beta, N, P, *factors, gamma_C, do, dS_out, X, dstates, dS0, cu_seqlens,
                                      first_chunk, tokens, **common, **by_sequence)
-        backward_scores_kernel[(chunks, HV)](q, k, v, g, beta, do, U, X, dP, dA, dv, sums, cu_seqlens, first_chunk, chunk_seq,
+        backward_scores_kernel[(chunks, HV)](q, k, g, beta, do, error, X, dP, dM, dv, dbeta, sums, cu_seqlens, first_chunk, chunk_seq,
                                              tokens, g.numel(), scale, **common, **by_block, NORM=norm)
-        backward_chunk_kernel[(chunks, HV)](q, k, beta, *factors, gamma_C, do, U, X, states, dstates, dP, dA, sums, dq, dk, dg,
-                                            dbeta, cu_seqlens, first_chunk, chunk_seq, tokens, g.numel(), **common, **by_block,
-                                            NORM=norm)
+        backward_chunk_kernel[(chunks, HV)](q, k, beta, *factors, gamma_C, do, error, X, states, dstates, dP, dM, sums, dq, dk, dg,
+                                            cu_seqlens, first_chunk, chunk_seq, tokens, g.numel(), **common, **by_block, NORM=norm)
     if H != HV:                                                          # value heads that share a key head
         dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(q.dtype) for x in (dq, dk))
     return dq, dk, dv, dg, dbeta, g.new_empty(0) if dS0 is None else dS0
@@ -882,7 +915,7 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
     cu_seqlens[n] to cu_seqlens[n + 1]; the states are then [N, HV, Dk, Dv]; torch.compile cannot check its values. backend: "auto" (Triton on a GPU), "torch", "triton".
     Other keywords: see check_options.
     Returns o [B, T, HV, Dv] in the dtype of q, k, v, and the final state (fp32 or fp64), or None. In fp16, with the norm, the
-    Triton backward holds gradients divided by |q| |k|, which overflow for keys that are all but zero: prefer bf16.
+    Triton kernels hold numbers divided by |q| or |k|, which overflow for keys that are all but zero: prefer bf16.
     Raises ValueError for inputs that do not fit, RuntimeError where backend="triton" is not possible: one sentence each.
     Source: [1] and [2]; keyword names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3].
     """
