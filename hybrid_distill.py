@@ -387,12 +387,12 @@ def cross_entropy_loss(hidden, head, labels, mask=None, chunk=None):
 
 
 def _token_weights(hidden, mask):
-    """[N] fp32, summing to 1: each token's share of the mean."""
+    """[N] fp32, summing to 1: each token's share of the mean (all zero for a mask without a token, whose loss is then 0)."""
     n = hidden.shape[:-1].numel()
     if mask is None:
         return torch.full((n,), 1 / n, device=hidden.device)
     mask = mask.flatten().float()
-    return mask / mask.sum()
+    return mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -751,14 +751,14 @@ def settled(curves, evaluations: int, k: int) -> bool:
 
 @torch.no_grad()
 def held_out_kl(models: dict, teacher, held_out) -> dict:
-    """{name: mean KL(teacher || model) over the held-out batches}; the models share each teacher pass."""
-    total, sequences = dict.fromkeys(models, 0.0), sum(len(tokens) for tokens in held_out)
+    """{name: mean KL(teacher || model) over the tokens of the held-out batches}; the models share each teacher pass."""
+    total, count = dict.fromkeys(models, 0.0), sum(tokens.numel() for tokens in held_out)
     for tokens in held_out:
         tokens = tokens.to(teacher.device)
         teacher_hidden = teacher_last_hidden(teacher, tokens)
         for name, model in models.items():
             with autocast(model):
-                total[name] += float(kl_loss(last_hidden(model, tokens), model.lm_head, teacher_hidden, teacher.lm_head)) * len(tokens) / sequences
+                total[name] += float(kl_loss(last_hidden(model, tokens), model.lm_head, teacher_hidden, teacher.lm_head)) * tokens.numel() / count
     return total
 
 
@@ -883,7 +883,7 @@ class Settings:
     micro_batch: int = setting(None, "sequences per backward pass [the whole batch; with --teacher: 1]")
     checkpointing: bool = setting(None, "recompute activations in the backward pass [embedded: no; with --teacher: yes]")
     compile: bool = setting(False, "torch.compile the decoder layers while they train")
-    trust_remote_code: bool = setting(False, "let a teacher's or tokenizer's own code run")
+    trust_remote_code: bool = setting(False, "let code that comes with the tokenizer of --teacher run")
     save_seconds: float = setting(30.0, "save the state of the running stage this often")
     dry_run: bool = setting(False, "print the plan, the memory it needs and an estimate of its time, and stop")
     align_tokens: int = setting(None, "stage 1: tokens [embedded: 0.6M; 100M]")
@@ -938,7 +938,8 @@ class Run:
 
     A second process in the same folder, or the same folder with other settings, is refused.
     """
-    ONLY_THIS_TIME = ("out", "device", "save_seconds", "dry_run")          # may differ when a run goes on
+    # may differ when a run goes on; the last three change its numbers by rounding alone
+    ONLY_THIS_TIME = ("out", "device", "save_seconds", "dry_run", "micro_batch", "checkpointing", "compile")
 
     def __init__(self, settings: Settings):
         self.path, self.settings, self.interrupted = Path(settings.out), settings, False
@@ -953,7 +954,7 @@ class Run:
         file = self.path / "settings.json"
         if file.exists():
             for name, theirs in json.loads(file.read_text()).items():
-                if mine.get(name) != theirs:
+                if name not in self.ONLY_THIS_TIME and mine.get(name) != theirs:
                     raise UserError(f"{self.path} holds a run with --{name.replace('_', '-')} {theirs}, not {mine.get(name)}; "
                                     "give the same settings to go on with it, or another --out")
         else:
@@ -991,13 +992,17 @@ class Run:
             return int(state.metadata()["step"])
 
     def close(self) -> None:
+        """A run that ends before its first step leaves no claim behind: the next command may have other settings."""
         self.metrics.close()
+        if not any(self.rows.values()) and not (self.path / "report.json").exists():
+            for name in ("settings.json", "metrics.jsonl", "tokens.bin", "tokens.json"):
+                (self.path / name).unlink(missing_ok=True)
         self.lock.close()
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: stop after this step, saved. A second one stops at once."""
         if self.interrupted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("at once")
         self.interrupted = True
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
@@ -1027,23 +1032,25 @@ class RunObserver(Observer):
         self.bar = tqdm(total=self.steps, initial=history[-1]["step"] if history else 0, desc=self.stage, unit="step",
                         disable=bool(history) and history[-1]["step"] >= self.steps)
         self.saved_at = self.last = time.monotonic()
+        self.pause = self.run.settings.save_seconds
         return list(history)
 
     def step(self, row, models, optimizer):
         now = time.monotonic()
-        row["stage"], row["seconds"], row["peak_bytes"] = self.stage, round(now - self.last, 4), peak_bytes()
+        row["stage"], row["seconds"], row["peak_bytes"] = self.stage, round(now - self.last, 4), peak_bytes(self.run.settings.device)
         self.last = now
         self.run.rows[self.stage].append(row)
         self.run.log(row)
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}" if "loss" in row else "", refresh=False)
         self.bar.update(row["step"] - self.bar.n)
-        if self.run.interrupted or now - self.saved_at > self.run.settings.save_seconds:
+        if self.run.interrupted or now - self.saved_at > self.pause:
             self.save(models, optimizer, finished=False)
         if self.run.interrupted:
             raise KeyboardInterrupt
 
     def save(self, models, optimizer, finished):
-        """One safetensors file: trained weights, optimizer and random state; its metadata names the step."""
+        """One safetensors file: trained weights, optimizer and random state; its metadata names the step. Saving takes a tenth of the time at most."""
+        start = time.monotonic()
         if finished:
             self.bar.close()
         rows = self.run.rows[self.stage]
@@ -1062,6 +1069,7 @@ class RunObserver(Observer):
         with replacing(self.run.state_file(self.stage)) as beside:
             save_file(tensors, beside, metadata={"step": str(rows[-1]["step"])})
         self.saved_at = time.monotonic()
+        self.pause = max(self.run.settings.save_seconds, 10 * (self.saved_at - start))
 
     def _load(self, models, optimizer):
         with safe_open(self.run.state_file(self.stage), "pt") as state:
@@ -1085,9 +1093,9 @@ def trained(model):
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def peak_bytes() -> int:
-    """The most memory held so far: of the GPU in this stage, or of this process on a CPU."""
-    if torch.cuda.is_available():
+def peak_bytes(device: str) -> int:
+    """The most memory held so far: of the GPU in this stage, or of this process since it started on a CPU."""
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
 
@@ -1154,10 +1162,10 @@ class EmbeddedCorpus:
         pairs = pairs or min(length // 4, len(self.KEYS))
         keys = torch.rand(n, len(self.KEYS), generator=random).argsort(1)[:, :pairs]
         values = torch.randint(len(self.VALUES), (n, pairs), generator=random)
-        queries = length // 2 - pairs
+        queries = (length + 1) // 2 - pairs
         asked = torch.cat([torch.rand(n, pairs, generator=random).argsort(1) for _ in range(-(-queries // pairs))], 1)[:, :queries]
         known = torch.stack([keys + self.KEYS[0], values + self.VALUES[0]], -1).flatten(1)
-        return torch.cat([known, known.view(n, pairs, 2).gather(1, asked[..., None].expand(-1, -1, 2)).flatten(1)], 1)
+        return torch.cat([known, known.view(n, pairs, 2).gather(1, asked[..., None].expand(-1, -1, 2)).flatten(1)], 1)[:, :length]
 
     def recall_vocabulary(self):
         return torch.tensor(self.KEYS), torch.tensor(self.VALUES)
@@ -1316,21 +1324,27 @@ def evaluate(model, held_out: dict[str, list], teacher=None) -> dict:
     if teacher is not None:
         result["kl"] = held_out_kl({"": model}, teacher, every)[""]
         result.update({f"kl_{kind}": held_out_kl({"": model}, teacher, of_kind)[""] for kind, of_kind in held_out.items()})
-    losses = []
+    loss, predicted = 0.0, 0
     for tokens in held_out["text"]:
         tokens = tokens.to(model.device)
+        labels = tokens[:, 1:]
         with autocast(model):
-            losses.append(float(cross_entropy_loss(last_hidden(model, tokens)[:, :-1], model.lm_head, tokens[:, 1:])))
-    return {**result, "perplexity": math.exp(statistics.fmean(losses))}
+            loss += float(cross_entropy_loss(last_hidden(model, tokens)[:, :-1], model.lm_head, labels)) * labels.numel()
+        predicted += labels.numel()
+    return {**result, "perplexity": math.exp(loss / predicted)}
 
 
 def recall_prompts(keys, values, pairs: int, count: int, random, filler=None):
     """Prompts `k v k v ... q` whose answer is the value of q: (tokens [count, P], answers [count]).
 
     keys, values: token ids to draw from; in one prompt the keys are distinct. P = 2 pairs + 1, or, with filler [count, F], F + that:
-    then the pairs stand at random places between the filler's tokens, in order, and q at the end. pairs = 1 is the needle.
+    then the pairs stand at random places between the filler's tokens, in order, and q at the end. pairs = 1 is the needle. Keys that
+    the filler holds too, where another token may follow them, are taken only when there are not enough others.
     """
-    k = keys[torch.rand(count, len(keys), generator=random).argsort(1)[:, :pairs]]
+    order = torch.rand(count, len(keys), generator=random)
+    if filler is not None:
+        order += torch.stack([torch.isin(keys, row) for row in filler])
+    k = keys[order.argsort(1)[:, :pairs]]
     v = values[torch.randint(len(values), (count, pairs), generator=random)]
     asked = torch.randint(pairs, (count, 1), generator=random)
     tokens = torch.stack([k, v], -1).flatten(1)
@@ -1866,6 +1880,8 @@ def resolve(settings: Settings, L: int | None = None) -> Settings:
     for name in () if s.teacher else ("text_column", "data_config", "chat", "trust_remote_code"):
         if getattr(s, name) != getattr(defaults, name):
             raise UserError(f"--{name.replace('_', '-')} is for --teacher and --data; leave it out for the embedded teacher and corpus")
+    if s.data_config and Path(s.data).exists():
+        raise UserError(f"--data-config names a configuration of a hub dataset, and --data {s.data} is a local path: leave it out")
     for name, value in (PAPER if s.teacher else EMBEDDED).items():
         if getattr(s, name) is None and not (name == "candidates_at_once" and s.early_stop):      # early stopping compares all of them
             setattr(s, name, value)
@@ -1880,12 +1896,16 @@ def resolve(settings: Settings, L: int | None = None) -> Settings:
         raise UserError(f"--baselines knows {', '.join(BASELINES)}, not {unknown[0]!r}")
     if re.fullmatch(r"\d+(,\d+)*", s.select):
         s.softmax_layers = len(s.select.split(","))
+        if settings.softmax_layers not in (None, s.softmax_layers):
+            raise UserError(f"--select {s.select} names {s.softmax_layers} layers: leave out --softmax-layers {settings.softmax_layers}, or name as many")
     elif s.select not in ("ga-s2", "greedy", "published", *BASELINES[1:]):
         raise UserError(f"--select must be ga-s2, greedy, published, {', '.join(BASELINES[1:])} or a list of layers such as 3,7,11, not {s.select!r}")
     for name in ("tokens", "length", "batch"):
         for stage in ("align", "select", "distill", "finetune"):
             if getattr(s, f"{stage}_{name}") < 1:
                 raise UserError(f"--{stage}-{name} must be at least 1, not {getattr(s, f'{stage}_{name}')}")
+            if name == "length" and not s.teacher and getattr(s, f"{stage}_length") < 8:
+                raise UserError(f"--{stage}-length must be at least 8, two pairs and their queries in the embedded corpus, not {getattr(s, f'{stage}_length')}")
     if s.held_out < 2:
         raise UserError(f"--held-out must be at least 2, not {s.held_out}")
     if L is not None:
@@ -1927,8 +1947,9 @@ def main(argv=None) -> int:
         report = run_pipeline(settings, run, teacher, tokenizer, corpus)
         print(rows_table(report) + f"\nKept as softmax: {report['selection']['chosen']}. The full report: {run.path / 'report.md'}; the student: {run.path / 'student'}")
         return 0
-    except KeyboardInterrupt:
-        print(f"\nstopped; everything up to the last step is saved in {settings.out}: the same command goes on from there", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("\nstopped" if settings.dry_run or run is None else f"\nstopped; everything up to the last {'checkpoint' if interrupt.args else 'step'} "
+              f"is saved in {settings.out}: the same command goes on from there", file=sys.stderr)
         return 130
     except OSError as error:
         if error.errno != errno.ENOSPC:

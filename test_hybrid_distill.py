@@ -476,6 +476,8 @@ def test_chunked_losses_match_the_plain_formulas(chunk):
                         (hd.cross_entropy_loss(h_s, w_s, tokens(3, 11) % 50, chunk=chunk), F.cross_entropy((h_s @ w_s.T).flatten(0, 1), tokens(3, 11).flatten() % 50))):
         for a, b in zip(gradients(ours), gradients(plain)):
             same(a, b, 2e-6)
+    nothing = gradients(hd.kl_loss(h_s, w_s, h_t, w_t, torch.zeros(3, 11), chunk=chunk))
+    assert all(x.abs().max() == 0 for x in nothing)
     with pytest.raises(ValueError, match="share a vocabulary"):
         hd.kl_loss(h_s, w_s, h_t, w_t[:40])
 
@@ -725,6 +727,8 @@ def test_embedded_batches_are_a_function_of_seed_stage_and_step():
     known = [dict(zip(row[0:32:2], row[1:32:2])) for row in recall.tolist()]
     assert all(len(pairs) == 16 for pairs in known)
     assert all(pairs[row[i]] == row[i + 1] for row, pairs in zip(recall.tolist(), known) for i in range(32, 64, 2))
+    for length in (8, 9, 15, 127):
+        assert a.batches("align", 5, length)(0).shape == (5, length)
 
 
 def test_recall_prompts_hide_pairs_and_end_with_a_key():
@@ -735,6 +739,9 @@ def test_recall_prompts_hide_pairs_and_end_with_a_key():
         pairs = {row[i]: row[i + 1] for i in range(40) if 100 <= row[i] < 150}
         assert len(pairs) == 5 and all(200 <= v < 250 for v in pairs.values()) and pairs[row[-1]] == answer
         assert [t for t in row if t == 0] == [0] * 30
+    filler = torch.arange(100, 145).expand(20, 45)                          # five of the 50 keys are not in it
+    prompts, _ = hd.recall_prompts(keys, values, 5, 20, random, filler)
+    assert all(sorted(set(row) & set(range(145, 150))) == list(range(145, 150)) and row.count(row[-1]) == 2 for row in prompts.tolist())
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
@@ -876,7 +883,10 @@ def test_wrong_input_gets_one_sentence(tmp_path, capsys):
         (tiny_args(good, tmp_path / "odd.csv", run), "must be or hold .txt, .jsonl or .parquet files"),
         (tiny_args(good, data, run, "--text-column", "body"), "no column 'body'; its columns are text"),
         (tiny_args(good, data, run, "--select", "best"), "--select must be ga-s2, greedy"),
-        (tiny_args(good, data, run, "--select", "1,9"), "within 0..3"),
+        (tiny_args(good, data, run, "--softmax-layers", 2, "--select", "1,9"), "within 0..3"),
+        (tiny_args(good, data, run, "--select", "1,2"), "--select 1,2 names 2 layers"),
+        (tiny_args(good, data, run, "--data-config", "small"), "is a local path: leave it out"),
+        (["--align-length", "7"], "--align-length must be at least 8"),
         (tiny_args(good, data, run, "--select", "published"), "no published selection for 'teacher'"),
         (tiny_args(good, data, run, "--baselines", "middle"), "--baselines knows all-linear"),
         (tiny_args(good, data, run, "--dtype", "int8"), "--dtype must be bfloat16 or float32"),
@@ -890,8 +900,7 @@ def test_wrong_input_gets_one_sentence(tmp_path, capsys):
         assert hd.main(args) == 1, args
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and sentence in error, error
-        for leftover in (run / "settings.json", run / "tokens.json", run / "tokens.bin"):
-            leftover.unlink(missing_ok=True)
+        assert not any((run / name).exists() for name in ("settings.json", "tokens.json", "tokens.bin"))     # the folder is free for the next
 
 
 def test_a_run_folder_refuses_other_settings_and_a_second_process(tmp_path):
@@ -901,7 +910,7 @@ def test_a_run_folder_refuses_other_settings_and_a_second_process(tmp_path):
     run.lock.close()
     with pytest.raises(hd.UserError, match="holds a run with --seed 1, not 2"):
         hd.Run(tiny_settings(out=str(tmp_path), seed=2))
-    hd.Run(tiny_settings(out=str(tmp_path), seed=1, save_seconds=1.0))
+    hd.Run(tiny_settings(out=str(tmp_path), seed=1, save_seconds=1.0, micro_batch=1))
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
@@ -924,6 +933,14 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(hd, "run_pipeline", full)
     save_teacher(tmp_path / "teacher")
     assert hd.main([str(a) for a in tiny_args(tmp_path / "teacher", write_corpus(tmp_path / "data", "txt", TEXTS), tmp_path / "run2")]) == 1
+
+
+def test_perplexity_is_a_mean_over_tokens():
+    teacher, text = make_teacher(), [tokens(1, 9), tokens(3, 30)]
+    labels = sum(x[:, 1:].numel() for x in text)
+    with torch.no_grad():
+        loss = sum(float(F.cross_entropy(teacher(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), reduction="sum")) for x in text) / labels
+    assert hd.evaluate(teacher, {"text": text})["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ clients of the saved model
