@@ -25,8 +25,8 @@ Glossary: a tensor is [B, T, H, D] everywhere, a state [B, HV, Dk, Dv]
     U~            [C, Dv]            beta V~: what the chunk writes
     X             [C, Dv]            dU~ - M^T beta X = dU~ + N^T beta dU~: the gradient of what is written, later readers included
 
-In the kernels bx is the tile of x in registers, b that of beta; v0 the first of its columns; |q| and scale, being factors of
-rows, are never multiplied into q and k but into fq, fk, fr, P, dP and dM.
+In the kernels bx is the tile of x in registers, b that of beta, bV that of V~, which is `error` in memory; v0 the first column;
+|q| and scale, being factors of rows, are never multiplied into q and k but into fq, fk, fr, P, dP and dM.
 
 Where it differs from [1] and [3], and why: their T = (I + beta M)^-1 beta and W = T gamma K are never formed. The one matrix N
 serves forward and backward, and what is kept is the error V~: then dV = beta X, dM = -beta X U~^T and dbeta = X.V~, a product of
@@ -126,8 +126,8 @@ class ChunkedTorch(torch.autograd.Function):
             M = torch.bmm(k[n], k[n].mT).mul_(D[n]).tril_(-1)
             N[n] = torch.linalg.solve_triangular(M * b[n].mT, M.neg(), upper=False, unitriangular=True)
             # 3. V~ = (I + N beta)(V - gamma K S_0),  U~ = beta V~
-            V = torch.baddbmm(v[n], k[n] * gamma[n], S[n], alpha=-1)
-            U = torch.baddbmm(V, N[n], V * b[n], out=error[n]) * b[n]
+            raw = torch.baddbmm(v[n], k[n] * gamma[n], S[n], alpha=-1)
+            U = torch.baddbmm(raw, N[n], raw * b[n], out=error[n]) * b[n]
             # 4. O = gamma Q S_0 + tril(Q K^T D) U~
             torch.bmm(q[n] * gamma[n], S[n], out=o[n])
             o[n].baddbmm_(torch.bmm(q[n], k[n].mT).mul_(D[n]), U)
