@@ -753,12 +753,17 @@ def settled(curves, evaluations: int, k: int) -> bool:
 def held_out_kl(models: dict, teacher, held_out) -> dict:
     """{name: mean KL(teacher || model) over the tokens of the held-out batches}; the models share each teacher pass."""
     total, count = dict.fromkeys(models, 0.0), sum(tokens.numel() for tokens in held_out)
+    training = {name: model.training for name, model in models.items()}
+    for model in models.values():                                     # without dropout, also between two steps of training
+        model.eval()
     for tokens in held_out:
         tokens = tokens.to(teacher.device)
         teacher_hidden = teacher_last_hidden(teacher, tokens)
         for name, model in models.items():
             with autocast(model):
                 total[name] += float(kl_loss(last_hidden(model, tokens), model.lm_head, teacher_hidden, teacher.lm_head)) * tokens.numel() / count
+    for name, model in models.items():
+        model.train(training[name])
     return total
 
 

@@ -598,6 +598,14 @@ def test_candidates_in_groups_and_alone_score_the_same():
     assert scores[0][0][0] == [0, pytest.approx(kl, rel=1e-5)]
 
 
+def test_held_out_kl_is_without_dropout_and_leaves_the_mode():
+    teacher = make_teacher()
+    hybrid = hd.transfer_attention(teacher, [1]).train()
+    hybrid.model.layers[1].self_attn.attention_dropout = 0.5
+    first, again = (hd.held_out_kl({"": hybrid}, teacher, [tokens(4, 12)])[""] for _ in range(2))
+    assert first == again and hybrid.training
+
+
 def test_early_stop_ends_when_the_set_settles():
     teacher = planted([1])
     student = hd.transfer_attention(teacher, [])
