@@ -915,7 +915,7 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
     cu_seqlens[n] to cu_seqlens[n + 1]; the states are then [N, HV, Dk, Dv]; torch.compile cannot check its values. backend: "auto" (Triton on a GPU), "torch", "triton".
     Other keywords: see check_options.
     Returns o [B, T, HV, Dv] in the dtype of q, k, v, and the final state (fp32 or fp64), or None. In fp16, with the norm, the
-    Triton kernels hold numbers divided by |q| or |k|, which overflow for keys that are all but zero: prefer bf16.
+    Triton kernels hold values and gradients divided by |q| and |k|, which overflow where the vectors are short (1e-4): prefer bf16.
     Raises ValueError for inputs that do not fit, RuntimeError where backend="triton" is not possible: one sentence each.
     Source: [1] and [2]; keyword names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3].
     """
