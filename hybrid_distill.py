@@ -31,6 +31,7 @@ import copy
 import errno
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -61,6 +62,9 @@ from transformers import (
     Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+# transformers 5.24 renamed the keyword of every forward
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 try:
     import fcntl
@@ -156,11 +160,14 @@ class GatedDeltaNet(nn.Module):
             mixer.q_norm, mixer.k_norm = copy.deepcopy(attn.q_norm), copy.deepcopy(attn.k_norm)
         return mixer
 
-    def forward(self, hidden_states, past_key_values: Cache | None = None, padding_mask=None, **unused):
+    def forward(self, hidden_states, padding_mask=None, cu_seqlens=None, **others):
         """hidden_states [B, T, D]; padding_mask [B, >= T], 1 on real tokens, or None -> ([B, T, D], None).
 
-        `unused` is what only softmax attention needs: RoPE's cos and sin, the causal mask, position ids.
+        cu_seqlens [N + 1]: the B rows, one behind the other, are N packed sequences, see `_pass_padding_and_packing`.
+        others: what transformers hands to every self_attn. The cache among it is found by its type, for its name differs between
+        versions; the rest only softmax attention needs: RoPE's cos and sin, the causal mask, position ids.
         """
+        cache = next((value for value in others.values() if isinstance(value, Cache)), None)
         B, T, _ = hidden_states.shape
         x, heads = hidden_states, (B, T, self.num_heads, self.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
@@ -177,11 +184,19 @@ class GatedDeltaNet(nn.Module):
             g, beta = g * real, beta * real
             k, v = k * real[..., None].to(k.dtype), v * real[..., None].to(v.dtype)
 
-        state = recurrent_state(past_key_values, self.layer_idx) if past_key_values is not None else None
-        S = state.S if state is not None else None
-        rule = decode_gated_delta_rule if T == 1 and state is not None else chunk_gated_delta_rule
-        o, S = rule(q, k, v, g, beta, initial_state=S, output_final_state=state is not None, use_qk_l2norm_in_kernel=True)
-        if state is not None:
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError("packed sequences leave no state that a cache could hold: call the model with use_cache=False, "
+                                 "or give each sequence its own row")
+            packed = (x.reshape(1, B * T, *x.shape[2:]) for x in (q, k, v, g, beta))
+            o, _ = chunk_gated_delta_rule(*packed, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens)
+            o = o.view(heads)
+        elif cache is None:
+            o, _ = chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)
+        else:
+            state = recurrent_state(cache, self.layer_idx)
+            rule = decode_gated_delta_rule if T == 1 else chunk_gated_delta_rule
+            o, S = rule(q, k, v, g, beta, initial_state=state.S, output_final_state=True, use_qk_l2norm_in_kernel=True)
             state.advance(S, T)
 
         # y_t = W_o (RMSNorm(o_t) * SiLU(W_g x_t)), the norm per head and in fp32
@@ -308,17 +323,38 @@ def swap_attention(model, softmax_layers) -> None:
         if i not in softmax_layers:
             layer.self_attn = GatedDeltaNet.from_attention(layer.self_attn)
     # A mixer needs the [B, T] padding mask, not the 4-D causal one; extra keyword arguments reach every self_attn.
-    model.model.register_forward_pre_hook(_pass_padding_mask, with_kwargs=True)
+    model.model.register_forward_pre_hook(_pass_padding_and_packing, with_kwargs=True)
+    model.model.register_forward_hook(_cache_was_filled)
 
 
-def _pass_padding_mask(decoder, args, kwargs):
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+def _pass_padding_and_packing(decoder, args, kwargs):
+    """Hands every mixer what transformers turns into a causal mask: padding, and where packed sequences start."""
+    mask, positions = kwargs.get("attention_mask", args[1] if len(args) > 1 else None), kwargs.get("position_ids")
+    more = {}
     if mask is not None:
         if getattr(mask, "ndim", None) != 2:
             raise ValueError("a hybrid takes attention_mask as [batch, tokens], 1 on real tokens; got "
                              f"{list(mask.shape) if hasattr(mask, 'shape') else type(mask).__name__}")
-        kwargs = {**kwargs, "padding_mask": mask}
-    return args, kwargs
+        more["padding_mask"] = mask
+    elif kwargs.get("cu_seq_lens_q") is not None:
+        more["cu_seqlens"] = kwargs["cu_seq_lens_q"]
+    elif positions is not None and positions.shape[-1] > 1:
+        # A sequence starts at the head of each row and wherever a position is not the one before plus 1.
+        starts = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
+        if starts[:, 1:].any():
+            tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds", args[0] if args else None)
+            starts = starts.expand(len(tokens), -1).flatten()
+            more["cu_seqlens"] = F.pad(starts.nonzero().flatten(), (0, 1), value=len(starts))
+    return args, {**kwargs, **more}
+
+
+def _cache_was_filled(decoder, args, output):
+    """A hybrid that returns a cache which a mixer never saw would go on from nothing: refused, not ignored."""
+    cache = next((value for value in (output.values() if isinstance(output, dict) else output) if isinstance(value, Cache)), None)
+    for i, layer in enumerate(decoder.layers if cache is not None else ()):
+        if isinstance(layer.self_attn, GatedDeltaNet) and not isinstance(cache.layers[i], RecurrentState):
+            raise RuntimeError(f"the model was asked to use a cache, and the mixer of layer {i} was not given it: transformers "
+                               f"{transformers.__version__} hands the cache on in a way this file does not know; call with use_cache=False")
 
 
 def mixers(model) -> dict[int, GatedDeltaNet]:
@@ -1386,7 +1422,7 @@ def prefill(model, length: int, piece: int = 4096):
     for start in range(0, length, piece):
         tokens = torch.ones(1, min(piece, length - start), dtype=torch.long, device=model.device)
         with autocast(model):
-            model.model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            model.model(input_ids=tokens, use_cache=True, **{CACHE: cache})
     return cache
 
 
@@ -1397,7 +1433,7 @@ def decode_seconds(model, length: int, tokens: int = 8) -> float:
     for _ in range(tokens + 2):
         start = time.perf_counter()
         with autocast(model):
-            model(torch.ones(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+            model(torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=True, **{CACHE: cache})
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

@@ -888,12 +888,19 @@ def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens=None):
             raise ValueError(f"{name} must be on the device of q, {q.device}, not on {x.device}")
 
 
-def check_options(unused):
-    """Models of transformers pass their own keywords (use_cache, ...) down to the rule: ignored. Options of [3] that would change the
-    result are refused when they are set; for decoding, cu_seqlens is one of them."""
-    for name in ("cu_seqlens", "gk", "gv", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "state_v_first", "head_first", "cp_context"):
-        if unused.get(name) is not None and unused[name] is not False:
-            raise ValueError(f"{name} is not implemented here: leave it out")
+# What transformers' own models pass down to the rule beside its arguments. For decoding, cu_seqlens is one of them.
+FROM_TRANSFORMERS = ("use_cache", "output_router_logits", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def check_options(others):
+    """TypeError for a keyword that is not known, ValueError for an option of [3] that is set and not implemented here."""
+    for name, value in others.items():
+        if name in ("cu_seqlens", "gk", "gv", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "state_v_first",
+                    "head_first", "cp_context", "chunk_size"):
+            if value is not None and value is not False:
+                raise ValueError(f"{name} is not implemented here: leave it out")
+        elif name not in FROM_TRANSFORMERS:
+            raise TypeError(f"the gated delta rule has no keyword {name!r}")
 
 
 def one_dtype(q, k, v):
@@ -906,7 +913,7 @@ def one_dtype(q, k, v):
 
 
 def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-                           use_qk_l2norm_in_kernel=False, cu_seqlens=None, backend="auto", **unused):
+                           use_qk_l2norm_in_kernel=False, cu_seqlens=None, backend="auto", **others):
     """The gated delta rule (recurrent_gated_delta_rule) in chunks: everything but the walk of the state is a matrix product.
 
     Arguments: q, k [B, T, H, Dk], v [B, T, HV, Dv] (HV a multiple of H), g (log-decay <= 0), beta [B, T, HV]; q, k and v are
@@ -920,7 +927,7 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
     Source: [1] and [2]; keyword names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3].
     """
     check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
-    check_options(unused)
+    check_options(others)
     q, k, v = one_dtype(q, k, v)
     g = g.clamp(min=-1e4)                                                # exp is 0 there; -inf would be inf - inf in a cumulative sum
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -942,14 +949,14 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
 
 
 def decode_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-                            use_qk_l2norm_in_kernel=False, **unused):
+                            use_qk_l2norm_in_kernel=False, **others):
     """One token (or a few) from the cached state: the recurrence, on a GPU fused into one kernel that reads the state once.
 
     Arguments, returns and errors: those of chunk_gated_delta_rule. Where gradients are wanted, and off the GPU, it is the
     recurrence itself.
     """
     check_inputs(q, k, v, g, beta, initial_state)
-    check_options(unused)
+    check_options(others)
     q, k, v = one_dtype(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state))
@@ -994,19 +1001,23 @@ def rates(device, dtype):
 def benchmark(device):
     """-> rows of case, rule, seconds forward, seconds forward + backward, and for ours FLOPs and least bytes of each."""
     rules = {"ours, torch": functools.partial(chunk_gated_delta_rule, backend="torch", use_qk_l2norm_in_kernel=True)}
-    with contextlib.suppress(ImportError):
+    try:
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
         fallback = inspect.unwrap(torch_chunk_gated_delta_rule)              # the name itself calls FLA where FLA is installed
         rules["transformers"] = functools.partial(fallback, use_qk_l2norm_in_kernel=True)
+    except ImportError:
+        print("transformers is not installed: not timed")
     cases, dtype = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)], torch.float32
     if device == "cuda":
         cases, dtype = [(6, 1024 << i, 16, D) for D in (64, 128) for i in range(7)], torch.bfloat16
         rules["ours, triton"] = functools.partial(chunk_gated_delta_rule, backend="triton", use_qk_l2norm_in_kernel=True)
         rules["SDPA causal"] = lambda q, k, v, g, beta: (
             F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True),)
-        with contextlib.suppress(ImportError):
+        try:
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla, fused_recurrent_gated_delta_rule as fla_step
             rules["FLA"] = functools.partial(fla, use_qk_l2norm_in_kernel=True)
+        except ImportError:
+            print("flash-linear-attention is not installed: not timed")
     rows, slow = [], set()
     for B, T, H, D in cases:
         inputs = [x.requires_grad_() for x in example(B, T, H, H, D, D, dtype=dtype, device=device)[:5]]
@@ -1065,9 +1076,13 @@ def main():
     print("\n" + "\n".join(lines))
     out.mkdir(parents=True, exist_ok=True)
     (out / f"kernels_{device}.md").write_text("\n".join(lines) + "\n")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print(f"\nwritten to {out}: kernels_{device}.md; the figure needs matplotlib")
+        return
     figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True, layout="tight")
     figure.suptitle(title)
     for axis, column, what in zip(axes, (2, 3), ("forward, ms", "forward + backward, ms")):

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from transformers import (
     AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig,
-    Qwen2Config, Qwen3Config,
+    Qwen2Config, Qwen3Config, dynamic_module_utils,
 )
 
 import hybrid_distill as hd
@@ -215,6 +216,13 @@ def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
     arguments = {name: torch.zeros(x) if isinstance(x, tuple) else x for name, x in {**shapes, **change}.items()}
     with pytest.raises((ValueError, RuntimeError), match=sentence):
         kernels.chunk_gated_delta_rule(**arguments)
+
+
+@pytest.mark.parametrize("rule", [kernels.chunk_gated_delta_rule, kernels.decode_gated_delta_rule])
+@pytest.mark.parametrize("name", ["inital_state", "use_qk_l2norm", "output_final_states"])
+def test_misspelt_keywords_are_refused(rule, name):
+    with pytest.raises(TypeError, match=name):
+        rule(*kernels.example(1, 5, 1, 1, 8, 8, "random", torch.float32, "cpu")[:5], **{name: True})
 
 
 def test_qwen3_next_of_transformers_runs_on_these_kernels(monkeypatch):
@@ -417,9 +425,9 @@ def test_cache_padding_and_generation_agree_with_the_full_forward(family, kept):
     student, x = hd.transfer_attention(make_teacher(family), kept), tokens(2, 23)
     full = student(x).logits
     out = student(x[:, :10], use_cache=True)
-    cache, pieces = out.past_key_values, [out.logits]
-    pieces += [student(x[:, t:t + 1], past_key_values=cache).logits for t in range(10, 15)]        # token by token
-    pieces += [student(x[:, 15:], past_key_values=cache).logits]                                   # a second prefill
+    cache, pieces = out[hd.CACHE], [out.logits]
+    pieces += [student(x[:, t:t + 1], **{hd.CACHE: cache}).logits for t in range(10, 15)]          # token by token
+    pieces += [student(x[:, 15:], **{hd.CACHE: cache}).logits]                                     # a second prefill
     same(torch.cat(pieces, 1), full)
     assert cache.get_seq_length() == 23
 
@@ -442,19 +450,42 @@ def test_caches_that_cannot_work_say_so():
     with pytest.raises(ValueError, match="cache_implementation"):
         student.generate(x, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(NotImplementedError, match="cannot be rolled back"):
-        student(x, use_cache=True).past_key_values.crop(-2)
+        student(x, use_cache=True)[hd.CACHE].crop(-2)
     with pytest.raises(ValueError, match="another model"):
-        student(x, past_key_values=make_teacher()(x, use_cache=True).past_key_values)
+        student(x, **{hd.CACHE: make_teacher()(x, use_cache=True)[hd.CACHE]})
     with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
         student(x, attention_mask=torch.ones(1, 1, 6, 6))
+
+
+def test_a_cache_that_no_mixer_saw_is_refused(monkeypatch):
+    student, forward = hd.transfer_attention(make_teacher(), [0]), hd.GatedDeltaNet.forward
+    monkeypatch.setattr(hd.GatedDeltaNet, "forward", lambda self, hidden_states, **others: forward(self, hidden_states))
+    with pytest.raises(RuntimeError, match="mixer of layer 1 was not given it"):
+        student.generate(tokens(1, 6), max_new_tokens=2)
+    student.generate(tokens(1, 6), max_new_tokens=2, use_cache=False, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_packed_sequences_are_each_alone():
+    student, x = hd.transfer_attention(make_teacher("qwen3"), [2]), tokens(2, 23)
+    positions = torch.cat([torch.arange(9), torch.arange(14)]).expand(2, -1)
+    apart = torch.cat([student(x[:, :9]).logits, student(x[:, 9:]).logits], 1)
+    same(student(x, position_ids=positions, use_cache=False).logits, apart)
+    same(student(x, position_ids=positions[:1], use_cache=False).logits, apart)                # one row of positions for all
+    ends = torch.tensor([0, 9, 23], dtype=torch.int32)
+    flash = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=14, max_length_k=14)
+    same(student(x[:1], position_ids=positions[:1], use_cache=False, **flash).logits, apart[:1])
+    assert torch.equal(student(x, position_ids=torch.arange(23)[None]).logits, student(x).logits)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        student(x, position_ids=positions, use_cache=True)
 
 
 def test_sampling_continues_a_cache_beyond_the_training_length():
     student, x = hd.transfer_attention(make_teacher(), [1]), tokens(1, 30)
     cache = DynamicCache()
     torch.manual_seed(0)
-    first = student.generate(x, past_key_values=cache, max_new_tokens=5, do_sample=True, pad_token_id=0, eos_token_id=None)
-    more = student.generate(torch.cat([first, tokens(1, 3)], 1), past_key_values=cache, max_new_tokens=300, do_sample=False, pad_token_id=0, eos_token_id=None)
+    first = student.generate(x, **{hd.CACHE: cache}, max_new_tokens=5, do_sample=True, pad_token_id=0, eos_token_id=None)
+    more = student.generate(torch.cat([first, tokens(1, 3)], 1), **{hd.CACHE: cache}, max_new_tokens=300, do_sample=False, pad_token_id=0, eos_token_id=None)
     fresh = student.generate(torch.cat([first, tokens(1, 3)], 1), max_new_tokens=300, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert more.tolist() == fresh.tolist() and more.shape[1] == 338
 
@@ -964,6 +995,23 @@ def load(folder, **how):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **how)
 
 
+def test_a_student_on_the_hub_loads(saved_student, tmp_path):
+    """The folder as a download leaves it in the cache: there transformers demands every import that stands outside a `try:`."""
+    hub = tmp_path / "hub" / "models--someone--student"
+    shutil.copytree(saved_student, hub / "snapshots" / ("0" * 40))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0" * 40)
+    code = (f"import sys, torch; sys.modules['fla'] = sys.modules['matplotlib'] = None\n"
+            f"from transformers import AutoModelForCausalLM as A\nx = torch.arange(3, 12)[None]\n"
+            f"a, b = (A.from_pretrained(name, trust_remote_code=True)(x).logits for name in ('someone/student', {str(saved_student)!r}))\n"
+            f"assert torch.equal(a, b)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    needed = {name for file in ("hybrid_distill.py", "kernels.py") for name in dynamic_module_utils.get_imports(HERE / file)}
+    assert needed - {"torch", "transformers", "numpy", "safetensors", "tokenizers", "tqdm", "huggingface_hub"} <= sys.stdlib_module_names
+
+
 def test_without_trust_nothing_is_loaded(saved_student):
     with pytest.raises(ValueError, match="custom code"):
         AutoModelForCausalLM.from_pretrained(saved_student, trust_remote_code=False)
@@ -1012,7 +1060,8 @@ def test_trainer_takes_a_step(saved_student, tmp_path):
     rows = [{"input_ids": list(range(5, 30)), "labels": list(range(5, 30)), "attention_mask": [0] * 3 + [1] * 22} for _ in range(2)]
     model = load(saved_student)
     before = model.model.layers[0].self_attn.A_log.clone()
-    how = TrainingArguments(output_dir=tmp_path, max_steps=1, gradient_checkpointing=True, report_to=[], use_cpu=True, learning_rate=1e-2)
+    renamed = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+    how = TrainingArguments(output_dir=tmp_path, max_steps=1, **{renamed: True}, report_to=[], use_cpu=True, learning_rate=1e-2)
     assert math.isfinite(Trainer(model=model, args=how, train_dataset=rows).train().training_loss)
     assert not torch.equal(before, model.model.layers[0].self_attn.A_log)
 
