@@ -888,110 +888,108 @@ def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
 
 @dataclasses.dataclass
 class Budget:
-    """What one stage uses: tokens in all, tokens a sequence, sequences a step, learning rates."""
+    """What a stage uses: tokens in all and a sequence, sequences a step, rates of attention and rest."""
     tokens: int
     length: int
     batch: int
     lr: float
     rest_lr: float = 0.0
 
-    @property
-    def steps(self) -> int:
-        return max(1, self.tokens // (self.batch * self.length))
+    def __post_init__(self):
+        self.steps = max(1, self.tokens // (self.batch * self.length))
+        if min(self.tokens, self.batch, self.length - 7) < 1:
+            raise UserError(f"a stage needs tokens, a batch and a length of at least 8, not {self}")
 
-# The embedded teacher; real ones below 1B parameters, in minutes on one GPU; larger ones, as in [1, 2].
-EMBEDDED = dict(align=Budget(614_400, 128, 32, 3e-3), select=Budget(81_920, 128, 32, 1e-3, 1e-4),
-                distill=Budget(245_760, 128, 32, 1e-3, 1e-4), finetune=Budget(81_920, 256, 16, 1e-4))
-SMALL = dict(align=Budget(10_000_000, 512, 96, 2e-3), select=Budget(163_840, 1024, 8, 5e-4, 5e-5),
-             distill=Budget(2_400_000, 1024, 8, 5e-4, 5e-5), finetune=Budget(400_000, 4096, 4, 2e-5))
-PAPER = dict(align=Budget(10**8, 512, 96, 1e-3), select=Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
-             distill=Budget(6 * 10**8, 4096, 32, 1e-4, 7e-6), finetune=Budget(10**8, 16384, 8, 1e-5))
+EMBEDDED = dict(  # the small teacher made here
+    align=Budget(614_400, 128, 32, 3e-3), select=Budget(81_920, 128, 32, 1e-3, 1e-4),
+    distill=Budget(245_760, 128, 32, 1e-3, 1e-4), finetune=Budget(81_920, 256, 16, 1e-4))  # fmt: skip
+SMALL = dict(  # below 1B parameters: minutes on one GPU
+    align=Budget(10_000_000, 512, 96, 2e-3), select=Budget(163_840, 1024, 8, 5e-4, 5e-5),
+    distill=Budget(2_400_000, 1024, 8, 5e-4, 5e-5), finetune=Budget(400_000, 4096, 4, 2e-5))  # fmt: skip
+PAPER = dict(  # larger ones: [1], stage 3 [2]
+    align=Budget(10**8, 512, 96, 1e-3), select=Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
+    distill=Budget(6 * 10**8, 4096, 32, 1e-4, 7e-6), finetune=Budget(10**8, 16384, 8, 1e-5))  # fmt: skip
 
 def parse(argv=None) -> argparse.Namespace:
-    """The command line; what depends on the teacher is None until `resolve`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command line; what depends on the teacher stays None until `resolve`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Each stage S of align, "
+        "select, distill, finetune takes --S-tokens, --S-length, --S-batch, --S-lr and --S-rest-lr (of "
+        "what is not attention; 0 freezes it). Defaults go by the size of the teacher.")  # fmt: skip
     add = parser.add_argument
-    add("--teacher", help="hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 [a small Llama, made here]")
-    add("--data", help="hub id, file or folder of .txt, .jsonl or .parquet, saved dataset, .npy of ids")
+    add("--teacher", default="", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [small, made here]")
+    add("--data", default="", help="hub id, .txt, .jsonl, .parquet, a folder of one kind, .npy of ids")
     add("--data-config", help="the configuration of a hub dataset, e.g. sample-10BT")
     add("--text-column", default="text", help="the column of the text or, with --chat, the messages")
     add("--chat", action="store_true", help="render the column with the tokenizer's chat template")
     add("--softmax-layers", type=int, metavar="K", help="layers that stay softmax [embedded 1, else L/4]")
     add("--select", default="ga-s2", help=f"ga-s2, greedy, {', '.join(RULES)} or layers such as 3,7,11")
     add("--early-stop", type=int, default=0, metavar="N",
-        help="end the selection when the K best were the same at N evaluations in a row [0: never]")
+        help="end the selection when the K best were the same at N evaluations in a row [0: never]")  # fmt: skip
     add("--evaluate-every", type=int, help="steps between evaluations of the selection [a fifth of all]")
     add("--candidates-at-once", type=int, help="candidates in memory at a time [what fits]")
-    add("--baselines", help="further rows: all-linear or rules, comma-separated; or none")
+    add("--baselines", help="further rows of the report: all-linear or rules, comma-separated; or none")
     add("--mixer", default="gdn", help=f"the linear attention: {', '.join(MIXERS)}")
     add("--out", default="runs/default", help="the run folder; the same command goes on in it")
     add("--seed", type=int, default=0, help="of teacher, data order, gates and random baselines")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one]")
-    add("--dtype", help="of the teacher: bfloat16 or float32 [on a GPU bfloat16]")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
     add("--micro-batch", type=int, help="sequences a backward pass [the batch, halved until it fits]")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations [from 1B]")
     add("--trust-remote-code", action="store_true", help="run code that comes with teacher or tokenizer")
-    add("--save-seconds", type=float, default=30.0, help="between two saves of a running stage")
     add("--held-out", type=int, default=64, help="sequences in each of validation and test part")
     add("--dry-run", action="store_true", help="print the plan and stop")
-    for stage in PAPER:
-        for field in dataclasses.fields(Budget):
-            kind = float if "lr" in field.name else int
-            add(f"--{stage}-{field.name.replace('_', '-')}", type=kind, help=argparse.SUPPRESS)
-    parser.epilog = ("Every stage S of align, select, distill, finetune has --S-tokens, --S-length, "
-                     "--S-batch, --S-lr and --S-rest-lr (lr of what is not attention; 0 freezes it).")
+    for stage, budget in PAPER.items():
+        for name, default in dataclasses.asdict(budget).items():
+            add(f"--{stage}-{name.replace('_', '-')}", type=type(default), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 def resolve(s, teacher):
     """Fill in, in place, what depends on the teacher, and refuse what cannot work."""
-    L, large = len(teacher.model.layers), teacher.num_parameters() >= 10**9
-    s.budgets, rows = dict(PAPER if large else SMALL if s.teacher else EMBEDDED), s.baselines
-    for stage, budget in s.budgets.items():
-        given = {name: getattr(s, f"{stage}_{name}") for name in vars(budget)}
-        given = {name: value for name, value in given.items() if value is not None}
-        s.budgets[stage] = budget = dataclasses.replace(budget, **given)
-        if min(budget.tokens, budget.length, budget.batch) < 1 or budget.length < 8:
-            raise UserError(f"--{stage}-tokens and --{stage}-batch must be positive, its length over 7")
-    if rows is None:
-        rows = "none" if large else "all-linear,uniform,centred,random"
-        rows += ",random-1,random-2,first,last" if s.teacher and not large else ""
-    s.baselines = [name for name in rows.split(",") if name not in ("", "none")]
+    L, large, s.budgets = len(teacher.model.layers), teacher.num_parameters() >= 10**9, {}
+    for stage, default in (PAPER if large else SMALL if s.teacher else EMBEDDED).items():
+        values = {n: getattr(s, f"{stage}_{n}") for n in dataclasses.asdict(default)}
+        values = {n: value for n, value in values.items() if value is not None}
+        s.budgets[stage] = dataclasses.replace(default, **values)
+    rows = "none" if large else "all-linear,uniform,centred,random"
+    rows += ",random-1,random-2,first,last" if s.teacher and not large else ""
+    s.baselines = [name for name in (s.baselines or rows).split(",") if name != "none"]
     s.checkpointing = large if s.checkpointing is None else s.checkpointing
-    if unknown := [name for name in s.baselines if name not in ("all-linear", *RULES)]:
-        raise UserError(f"--baselines knows all-linear, {', '.join(RULES)}, not {unknown[0]!r}")
-    listed = re.fullmatch(r"\d+(,\d+)*", s.select)
+    if unknown := set(s.baselines) - {"all-linear", *RULES}:
+        raise UserError(f"--baselines knows all-linear, {', '.join(RULES)}, not {', '.join(unknown)}")
+    listed = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else None
     if not listed and s.select not in ("ga-s2", "greedy", *RULES):
-        raise UserError(f"--select must be ga-s2, greedy, {', '.join(RULES)} or layers such as 3,7,11, "
-                        f"not {s.select!r}")
-    k = len(s.select.split(",")) if listed else s.softmax_layers
+        known = ", ".join(("ga-s2", "greedy", *RULES))
+        raise UserError(f"--select must be {known} or layers such as 3,7,11, not {s.select!r}")
+    k = len(listed) if listed else s.softmax_layers
     k = k if k is not None else max(1, L // 4) if s.teacher else 1
     if s.softmax_layers not in (None, k) or not 1 <= k <= L:
-        raise UserError(f"--softmax-layers must be within 1..{L} for this teacher of {L} layers and as "
-                        f"many as a list in --select, not {s.softmax_layers or k}")
-    s.softmax_layers, s.placed = k, None
-    if listed:
-        s.placed = check_layers(map(int, s.select.split(",")), L)
+        raise UserError(f"--softmax-layers must be within 1..{L}, the layers of the teacher, and as many "
+                        f"as --select lists, not {s.softmax_layers or k}")  # fmt: skip
+    s.softmax_layers, s.placed = k, check_layers(listed, L) if listed else None
     if s.select in RULES:
-        s.placed = place_layers(s.select, L, k, s.seed, s.teacher or "")
+        s.placed = place_layers(s.select, L, k, s.seed, s.teacher)
 
 # ---------------------------------------------------------------------------------------------- data
 
+def seeded(*name) -> torch.Generator:
+    digest = hashlib.sha256(json.dumps(name).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
 def byte_tokenizer():
-    """<pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3; no files needed."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"<0x{b:02X}>": b + 3 for b in range(256)}}
-    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
-    backend = tokenizers.Tokenizer(model)
-    decoders = tokenizers.decoders
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    """<pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3; it needs no files."""
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"<0x{b:02X}>": b + 3 for b in range(256)}
+    bpe = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    backend, to = tokenizers.Tokenizer(bpe), tokenizers.decoders
+    backend.decoder = to.Sequence([to.ByteFallback(), to.Fuse()])
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 class EmbeddedCorpus:
     """Text that is on every machine, as bytes, and in-context recall: half of every batch each.
 
     Text: CPython's standard library and the English of pydoc_data.topics, split by file. Recall: as
     many pairs `k v k v ...` of distinct keys and random values as fit, then the keys in random order,
-    each followed by its value. Ranked on text alone, the selection keeps another layer.
+    each with its value. The selection keeps what its data need: ranked on text alone, another layer.
     """
     KEYS, VALUES = torch.arange(68, 100), torch.arange(100, 116)  # 16 values: chance is 6 %
 
@@ -1000,133 +998,129 @@ class EmbeddedCorpus:
         self.seed, library = seed, Path(os.__file__).parent
         skip = ("site-packages", "dist-packages", "test", "pydoc_data", "idlelib", "lib2to3")
         files = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
-        texts = [f.read_bytes() for f in files if f.parts[len(library.parts)] not in skip]
+        texts = [file.read_bytes() for file in files if file.parts[len(library.parts)] not in skip]
         texts += [text.encode() for _, text in sorted(pydoc_data.topics.topics.items())]
         self.text = {"train": range(8), "validation": (8,), "test": (9,)}  # file number modulo 10
         for part, numbers in self.text.items():
             joined = b"".join(text for i, text in enumerate(texts) if i % 10 in numbers)
             self.text[part] = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
-        self.identity = [platform.python_version()]
+        self.identity = [sum(map(len, texts)), hashlib.sha1(b"".join(texts)).hexdigest()]
 
     def batches(self, stage: str, b: Budget):
-        """step -> tokens [batch, length] of the train part, a function of (seed, stage, step)."""
-        def at(step):
-            draw = seeded(self.seed, stage, step)
-            text = self.sample_text("train", b.batch - b.batch // 2, b.length, draw)
-            return torch.cat([text, self.sample_recall(b.batch // 2, b.length, draw)])
-        return at
+        """A function of the step -> tokens [batch, length] of the train part."""
+        return lambda step: torch.cat(self.sample("train", b.batch, b.length, seeded(self.seed, stage, step)))
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
-        draw, n = seeded(self.seed, part, length), max(1, count // 2)
-        text, recall = self.sample_text(part, n, length, draw), self.sample_recall(n, length, draw)
-        return {"text": list(text.split(32)), "recall": list(recall.split(32))}
+        """{"text": [tokens, ...], "recall": [...]}, `count` sequences in all, none of them in train."""
+        halves = self.sample(part, max(2, count), length, seeded(self.seed, part, length))
+        return {kind: list(half.split(32)) for kind, half in zip(("text", "recall"), halves)}
 
-    def sample_text(self, part, n, length, draw):
-        starts = torch.randint(len(self.text[part]) - length, (n, 1), generator=draw)
-        return self.text[part][starts + torch.arange(length)].long() + 3  # see byte_tokenizer
+    def sample(self, part, count, length, draw, pairs=None):
+        """(text, recall), [count / 2, length] each, `pairs` of keys and values in a row."""
+        n, pairs = count // 2, pairs or min(length // 4, len(self.KEYS))
+        starts = torch.randint(len(self.text[part]) - length, (count - n, 1), generator=draw)
+        text = self.text[part][starts + torch.arange(length)].long() + 3  # see byte_tokenizer
+        known = recall_prompts(self.KEYS, self.VALUES, pairs, n, draw)[0][:, :-1].view(n, pairs, 2)
+        order = [torch.rand(n, pairs, generator=draw).argsort(1) for _ in range(-(-length // (2 * pairs)))]
+        asked = known.gather(1, torch.cat(order, 1)[..., None].expand(-1, -1, 2))
+        return text, torch.cat([known, asked], 1).flatten(1)[:, :length]
 
-    def sample_recall(self, n, length, draw, pairs=None):
-        pairs = pairs or min(length // 4, len(self.KEYS))
-        prompts, _ = recall_prompts(self.KEYS, self.VALUES, pairs, n, draw)
-        known = prompts[:, :-1].view(n, pairs, 2)
-        rounds = -(-(length - 2 * pairs) // (2 * pairs))
-        asked = torch.cat([torch.rand(n, pairs, generator=draw).argsort(1) for _ in range(rounds)], 1)
-        asked = known.gather(1, asked[..., None].expand(-1, -1, 2)).flatten(1)
-        return torch.cat([known.flatten(1), asked], 1)[:, :length]
-
-    def recall(self, model, count=256) -> float:
+    def recall(self, model, count=256) -> dict:
         """The share of right answers to prompts of 32 pairs."""
         draw = seeded(self.seed, "recall")
-        return recall_accuracy(model, *recall_prompts(self.KEYS, self.VALUES, 32, count, draw))
+        return {"recall": recall_accuracy(model, *recall_prompts(self.KEYS, self.VALUES, 32, count, draw))}
 
 class TokenCorpus:
-    """A stream of token ids [N]: its first sequences are validation, the next test, the rest train."""
+    """A stream of token ids [N]: first the validation part, then the test part, then train."""
+
     def __init__(self, ids, held_out: int, seed: int, tokenizer=None):
-        self.ids, self.held, self.seed, self.tokenizer = ids, held_out, seed, tokenizer
-        self.identity = [len(ids), held_out, hashlib.sha1(ids[:10**6].tobytes()).hexdigest()]
-        self.train = ids[2 * held_out :]
+        self.seed, self.tokenizer = seed, tokenizer
+        self.parts = dict(zip(("validation", "test", "train"), np.split(ids, (held_out, 2 * held_out))))
+        self.identity = [len(ids), held_out, hashlib.sha1(ids[: 10**6].tobytes()).hexdigest()]
 
     def batches(self, stage: str, b: Budget):
-        """step -> tokens [batch, length] of the train part, a function of (seed, stage, step)."""
-        count = len(self.train) // b.length
-        if count == 0:
-            raise UserError(f"the data have {len(self.ids):,} tokens; {stage} needs {b.length:,} beside "
-                            f"the {2 * self.held:,} held out: give more, or a shorter length")
-        order = torch.randperm(count, generator=seeded(self.seed, stage))
+        """A function of the step -> tokens [batch, length] of the train part, in an order per stage."""
+        rows = self._rows("train", b.length)
+        order = torch.randperm(len(rows), generator=seeded(self.seed, stage)).numpy()
+
         def at(step):
-            rows = order[torch.arange(step * b.batch, (step + 1) * b.batch) % count]
-            places = rows[:, None] * b.length + torch.arange(b.length)
-            return torch.from_numpy(self.train[places.numpy()].astype(np.int64))
+            mine = order[np.arange(step * b.batch, (step + 1) * b.batch) % len(rows)]
+            return torch.from_numpy(rows[mine].astype(np.int64))
         return at
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
-        start = self.held if part == "test" else 0
-        rows = self.ids[start : start + min(count * length, self.held // length * length)]
-        return {"text": list(torch.from_numpy(rows.astype(np.int64)).view(-1, length).split(16))}
+        rows = self._rows(part, length)[:count].astype(np.int64)
+        return {"text": list(torch.from_numpy(rows).split(16))}
 
-    def recall(self, model, length=1024, needles=1, count=64) -> float:
-        """The share of needles that the model finds in `length` tokens of the test part."""
-        filler, draw = self.ids[self.held : 2 * self.held], seeded(self.seed, "needle", length, needles)
-        prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
-        return recall_accuracy(model, *prompts)
+    def _rows(self, part, length):
+        count = len(self.parts[part]) // length
+        if count == 0:
+            raise UserError(f"the {part} part has {len(self.parts[part])} tokens, too few for a sequence "
+                            f"of {length}: give more data, or a shorter length or --held-out")  # fmt: skip
+        return self.parts[part][: count * length].reshape(count, length)
 
-def seeded(*name) -> torch.Generator:
-    digest = hashlib.sha256(json.dumps(name).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    def recall(self, model, lengths=(512, 1024, 2048, 4096), count=32) -> dict:
+        """The share of needles found, one or one of four, in so many tokens of the test part."""
+        found = {}
+        for length in (n for n in lengths if n < len(self.parts["test"])):
+            for needles in (1, 4):
+                draw = seeded(self.seed, length, needles)
+                prompts = needle_prompts(self.tokenizer, self.parts["test"], needles, count, length, draw)
+                found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
+        return {"recall": sum(found.values()) / max(1, len(found)), "needles": found}
 
 def load_tokens(s, tokenizer):
-    """--data as ids [N]: a .npy as it is; else tokenised once, packed, into tokens-KEY.npy of --out.
+    """--data as ids [N]: a .npy as it is; text tokenised once and packed, into `out`/tokens-KEY.npy.
 
-    Documents in a seeded order, with the tokenizer's own special tokens, each closed with EOS; as many
-    as the largest stage and the held-out parts take.
+    Documents in a seeded order, each with the tokenizer's own special tokens and closed with EOS; as
+    many as the largest stage and the held-out parts take.
     """
-    need = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out * s.budgets["distill"].length
     if s.data.endswith(".npy"):
         return np.load(s.data, mmap_mode="r")
-    name = [s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need]
-    file = Path(s.out) / f"tokens-{key(name)}.npy"
+    need = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out * s.budgets["distill"].length
+    name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need])
+    file, eos, parts = Path(s.out) / f"tokens-{name}.npy", tokenizer.eos_token_id, []
+    if s.chat and not tokenizer.chat_template:
+        raise UserError(f"--chat needs a chat template, and the tokenizer of {s.teacher} has none")
     if not file.exists():
-        eos, parts, count = tokenizer.eos_token_id, [], 0
         bar = tqdm(total=need, desc="tokenise", unit="token", unit_scale=True)
-        for rows in load_documents(s).batch(256):
+        for rows in load_documents(s).iter(256):
             if s.text_column not in rows:
-                raise UserError(f"{s.data} has no column {s.text_column!r}, only {', '.join(rows)}")
+                raise UserError(f"{s.data} has the columns {', '.join(rows)}: name one with --text-column")
             texts = [text for text in rows[s.text_column] if text]
             if s.chat:
                 texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
-            for ids in tokenizer(texts, add_special_tokens=not s.chat)["input_ids"] if texts else ():
+            for ids in tokenizer(texts, add_special_tokens=not s.chat)["input_ids"] if texts else []:
                 closed = eos is None or ids[-1:] == [eos]
                 parts.append(np.array(ids if closed else [*ids, eos], np.uint32))
-                count += len(parts[-1])
-            bar.update(count - bar.n)
-            if count >= need:
+                bar.update(len(parts[-1]))
+            if bar.n >= need:
                 break
-        with open(f"{file}.new", "wb") as beside:
-            np.save(beside, np.concatenate(parts or [np.zeros(0, np.uint32)])[:need])
-            os.fsync(beside.fileno())
-        os.replace(beside.name, file)
+        with open(f"{file}.new", "wb") as new:
+            np.save(new, np.concatenate(parts)[:need] if parts else np.zeros(0, np.uint32))
+            os.fsync(new.fileno())
+        os.replace(new.name, file)
     return np.load(file, mmap_mode="r")
 
 def load_documents(s):
-    """The rows of --data, shuffled, as a streamed `datasets` dataset."""
+    """The rows of --data as a streamed, shuffled `datasets` dataset."""
     import datasets
-    path, kinds = Path(s.data), {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    path, kinds = Path(s.data), {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    files = [f for f in ([path] if path.is_file() else sorted(path.rglob("*"))) if f.suffix in kinds]
+    found = {kinds[f.suffix] for f in files}
     try:
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            rows = datasets.load_from_disk(s.data)
-            rows = (rows["train"] if "train" in rows else rows).to_iterable_dataset()
+        if (path / "dataset_info.json").exists():
+            rows = datasets.load_from_disk(s.data).to_iterable_dataset()
+        elif len(found) == 1:
+            how = {"sample_by": "document"} if found == {"text"} else {}
+            rows = datasets.load_dataset(*found, data_files=list(map(str, files)), split="train",
+                                         streaming=True, **how)  # fmt: skip
         elif path.exists():
-            files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
-            files = sorted(str(f) for f in files if f.suffix in kinds)
-            if len({kinds[Path(f).suffix] for f in files}) != 1:
-                raise UserError(f"{path} must be or hold .txt, .jsonl or .parquet files, of one kind")
-            kind = kinds[Path(files[0]).suffix]
-            how = {"sample_by": "document"} if kind == "text" else {}
-            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **how)
+            raise UserError(f"{path} must be or hold .txt, .jsonl or .parquet files, all of one kind")
         else:
             rows = datasets.load_dataset(s.data, s.data_config, split="train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load --data {s.data}, a file, a folder or a hub id: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot load --data {s.data}, a file, folder or hub id: {error}") from error
     return rows.shuffle(seed=s.seed, buffer_size=10_000)
 
 # ---------------------------------------------------------------------------------------- evaluation
@@ -1142,57 +1136,52 @@ def evaluate(model, teacher, held_out: dict[str, list]) -> dict:
     return {**held_out_kl({"": model}, teacher, held_out)[""], "perplexity": math.exp(loss)}
 
 def recall_prompts(keys, values, pairs: int, count: int, draw):
-    """Prompts `k v k v ... q` [count, 2 pairs + 1] of distinct keys, and the answers, q's values."""
+    """Prompts `k v k v ... q` [count, 2 pairs + 1] of distinct keys; answers [count, 1], q's values."""
     k = keys[torch.rand(count, len(keys), generator=draw).argsort(1)[:, :pairs]]
     v = values[torch.randint(len(values), (count, pairs), generator=draw)]
     asked = torch.randint(pairs, (count, 1), generator=draw)
-    prompts = torch.cat([torch.stack([k, v], -1).flatten(1), k.gather(1, asked)], 1)
-    return prompts, v.gather(1, asked)
+    return torch.cat([torch.stack([k, v], -1).flatten(1), k.gather(1, asked)], 1), v.gather(1, asked)
 
 NEEDLE = "\nThe special magic number for {} is {}.\n"
 QUESTION = "\nWhat is the special magic number for {0}? The special magic number for {0} is"
+WORDS = "amber brave calm eager fancy gentle happy jolly kind lucky merry noble proud quiet swift wise"
 
 def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, draw):
-    """Prompts [count, length]: `needles` sentences at random places of filler [N], a question behind;
-    and the answers [count, A]. RULER's form: a number of five digits for a name of two words."""
-    words = "amber brave calm eager fancy gentle happy jolly kind lucky merry noble proud quiet swift wise"
-    ids = functools.partial(tokenizer, add_special_tokens=False)
-    bos = tokenizer("a")["input_ids"][: -len(ids("a")["input_ids"])]
-    prompts, answers = [], []
+    """Recall as language: prompts [count, length] of filler [N] with `needles` sentences at random
+    places, each a number of five digits for a name, and a question for one; answers [count, A]."""
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    bos, words, prompts, answers = tokenizer.encode("")[:1], WORDS.split(), [], []
+    bos = [token for token in bos if token == tokenizer.bos_token_id]
     for _ in range(count):
-        pairs = torch.randperm(256, generator=draw)[:needles].tolist()
-        names = [f"{words.split()[i // 16]}-{words.split()[i % 16]}" for i in pairs]
+        names = [f"{words[i // 16]}-{words[i % 16]}" for i in torch.randperm(256, generator=draw)[:needles]]
         numbers = torch.randint(10_000, 100_000, (needles,), generator=draw).tolist()
-        tail = ids(QUESTION.format(names[0]))["input_ids"]
-        hay = [ids(NEEDLE.format(*pair))["input_ids"] for pair in zip(names, numbers)]
-        room = length - len(bos) - len(tail) - sum(map(len, hay))
+        hidden = [encode(NEEDLE.format(*pair)) for pair in zip(names, numbers)]
+        question = encode(QUESTION.format(names[0]))
+        room = length - len(bos) - len(question) - sum(map(len, hidden))
         start = int(torch.randint(len(filler) - room, (1,), generator=draw))
-        text, cuts = filler[start : start + room].tolist(), torch.rand(needles, generator=draw)
-        for cut, needle in sorted(zip((cuts * room).long().tolist(), hay), reverse=True):
-            text[cut:cut] = needle
-        prompts.append(bos + text + tail)
-        answers.append(ids(f" {numbers[0]}")["input_ids"])
+        text, places = filler[start : start + room].tolist(), torch.rand(needles, generator=draw) * room
+        for place, sentence in sorted(zip(places.long().tolist(), hidden), reverse=True):
+            text[place:place] = sentence
+        prompts.append(bos + text + question)
+        answers.append(encode(f" {numbers[0]}"))
     return torch.tensor(prompts), torch.tensor(answers)
 
 @torch.no_grad()
 def recall_accuracy(model, prompts, answers, batch: int = 32) -> float:
-    """The share of prompts [N, P] that the model goes on with their answer [N, A], greedily."""
+    """The share of prompts [N, P] that the model, generating greedily, goes on with the answer [N, A]."""
     right, A = 0, answers.shape[1]
+    greedy = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1)
     for tokens, answer in zip(prompts.split(batch), answers.split(batch)):
         tokens = tokens.to(model.device)
-        with autocast(model):
-            written = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=A, min_new_tokens=A,
-                do_sample=False, num_beams=1, repetition_penalty=1.0, pad_token_id=0)  # fmt: skip
+        written = model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0,
+                                 repetition_penalty=1.0, **greedy)  # fmt: skip
         right += int((written[:, -A:].cpu() == answer).all(1).sum())
     return right / len(prompts)
 
 @torch.no_grad()
 def cache_bytes(model, length: int) -> int:
     """Bytes of the cache of one sequence: keys and values grow with its length, states do not."""
-    tokens = torch.ones(1, length, dtype=torch.long, device=model.device)
-    with autocast(model):
-        output = model.model(input_ids=tokens, use_cache=True)
+    output = model.model(input_ids=torch.ones(1, length, dtype=torch.long, device=model.device))
     cache = next(value for value in output.values() if isinstance(value, Cache))
     states = [x.tensors if hasattr(x, "tensors") else (x.keys, x.values) for x in cache.layers]
     return sum(t.nbytes for state in states for t in state)
@@ -1209,12 +1198,11 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
     if (folder / "config.json").exists():
         return LlamaForCausalLM.from_pretrained(folder).to(device).eval()
     torch.manual_seed(seed)
-    rope = {"rope_type": "default", "rope_theta": 1000.0}
     teacher = LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=6, rope_parameters=rope,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=32, attention_bias=True,
-        tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0, bos_token_id=None,
-        eos_token_id=1)).to(device)  # fmt: skip
+        vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=6, head_dim=32,
+        num_attention_heads=2, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=True,
+        max_position_embeddings=4096, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0})).to(device)  # fmt: skip
     with torch.no_grad():
         for layer in teacher.model.layers:
             look_back(layer.self_attn, teacher.model.rotary_emb.inv_freq)
@@ -1222,37 +1210,33 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
             layer.mlp.down_proj.weight.zero_()
 
     def batches(step):
-        pairs, draw = 4 << min(3, step // 35), seeded(seed, "teacher", step)
-        length = max(16, 4 * pairs)
-        n = 16 * max(1, 64 // length)
-        text = corpus.sample_text("train", n, length, draw)
-        return torch.cat([text, corpus.sample_recall(n, length, draw, pairs)])
+        pairs = 4 << min(3, step // 35)
+        length, draw = max(16, 4 * pairs), seeded(seed, "teacher", step)
+        return torch.cat(corpus.sample("train", 32 * max(1, 64 // length), length, draw, pairs))
 
     def losses(tokens):
         text, recall = tokens.chunk(2)
-        known = recall.shape[1] // 2  # then every second token is the value of a queried key
         weights = torch.full_like(recall[:, 1:], 0.1, dtype=torch.float)
-        weights[:, known::2] = 1.0
+        weights[:, recall.shape[1] // 2 :: 2] = 1.0  # the next token is the value of a queried key
         for name, part, mask in (("text", text, None), ("recall", recall, weights)):
             hidden = last_hidden(teacher, part)[:, :-1]
             yield name, cross_entropy_loss(hidden, teacher.lm_head, part[:, 1:], mask), 1.0
 
-    named = list(teacher.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-    others = [p for name, p in named if p.ndim != 2 or ".layers." not in name]
+    matrices = [p for p in teacher.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in teacher.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-                  torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)]
+                  torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)]  # fmt: skip
     train([teacher], optimizers, losses, batches, steps, checkpoint=Checkpoint(folder),
-          schedule=lambda step, steps: min(1, (step + 1) / 20, (steps - step) / (0.4 * steps)))
-    byte_tokenizer().save_pretrained(folder)
+          schedule=lambda step, steps: min(1, (step + 1) / 20, (steps - step) / (0.4 * steps)))  # fmt: skip
     teacher.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return teacher
 
 def look_back(attn, inv_freq, sharpness: float = 20.0) -> None:
     """Biases that let the first head of `attn` start out attending to the token before.
 
-    RoPE turns a constant query and key into a score of the distance alone, sum_f c cos((distance - 1)
-    f), when the query's bias is the key's turned back by one position: largest at distance 1.
+    RoPE turns a constant query and key into a score of their distance alone, sum_f c cos((distance - 1)
+    f) when the query's bias is the key's turned back by one position: largest at distance 1.
     """
     Dh = attn.head_dim
     w = torch.full_like(inv_freq, math.sqrt(sharpness * math.sqrt(Dh) / (Dh // 2)))
@@ -1261,168 +1245,153 @@ def look_back(attn, inv_freq, sharpness: float = 20.0) -> None:
 
 def load_teacher(s):
     """(teacher, tokenizer) of --teacher, in --dtype on --device; UserError says what is wrong."""
-    supported = {base.config_class.model_type: base.__name__ for base in HYBRIDS}
-    code, dtype = dict(trust_remote_code=s.trust_remote_code), s.dtype
-    dtype = dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
-    if dtype not in ("bfloat16", "float32"):
-        raise UserError(f"--dtype must be bfloat16 or float32, not {dtype}")
+    known = {base.config_class.model_type: base.__name__ for base in HYBRIDS}
+    dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
+    code = dict(trust_remote_code=s.trust_remote_code)
     try:
         kind = transformers.AutoConfig.from_pretrained(s.teacher, **code).model_type
-        if kind not in supported:
-            known = ", ".join(supported.values())
-            raise UserError(f"--teacher {s.teacher} is a {kind!r} model; supported are {known}")
+        if kind not in known:
+            raise UserError(f"it is a {kind!r} model, and supported are {', '.join(known.values())}")
         tokenizer = AutoTokenizer.from_pretrained(s.teacher, **code)
         teacher, info = AutoModelForCausalLM.from_pretrained(
-            s.teacher, dtype=getattr(torch, dtype), output_loading_info=True, **code)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        why = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load --teacher {s.teacher}, a complete model folder with its "
-                        f"tokenizer or the id of one on the hub: {why}") from error
-    if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        raise UserError(f"--teacher {s.teacher} lacks {len(wrong)} weights, {wrong[0]} for one")
+            s.teacher, dtype=getattr(torch, dtype), output_loading_info=True, **code)  # fmt: skip
+        if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+            raise UserError(f"it lacks {len(wrong)} of its weights, such as {wrong[0]}")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"--teacher {s.teacher}, a folder or hub id with tokenizer, cannot be used: "
+                        f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
     return teacher.to(s.device).eval(), tokenizer
 
 # ------------------------------------------------------------------------------------------- the run
 
 def key(parts) -> str:
-    """Eight letters that name a stage by all that its result depends on."""
+    """Eight letters for all that a result depends on."""
     text = json.dumps(parts, default=dataclasses.asdict)
     return hashlib.sha1(text.encode()).hexdigest()[:8]
 
 def run(s, teacher, tokenizer, corpus) -> dict:
-    """All stages and the rows of the report. A stage is keyed by the settings up to it: what --out
-    already holds is not done again, and another K, baseline or later budget pays only for itself."""
-    out, L, b, history = Path(s.out), len(teacher.model.layers), s.budgets, {}
+    """All stages, then report.json, report.md and student/ in the run folder.
+
+    A stage is keyed by the settings up to it: what the folder already holds is not done again, and
+    another K, baseline or later budget pays for itself alone.
+    """
+    out, L, b = Path(s.out), len(teacher.model.layers), s.budgets
     base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), corpus.identity, s.seed, s.mixer]
-    batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
 
     def how(name, *after, keep=True):
-        """How a stage is trained; `after` is all that it depends on."""
         torch.manual_seed(s.seed)
-        checkpoint = Checkpoint(out / f"{name}-{key([base, *after])}", keep, s.save_seconds)
+        checkpoint = Checkpoint(out / f"{name}-{key([base, *after])}", keep)
         return {"micro_batch": s.micro_batch, "checkpoint": checkpoint}
+
+    def of_group(group):
+        early = [s.early_stop, s.softmax_layers] if s.early_stop else []
+        after = [b["align"], b["select"], s.evaluate_every, s.held_out, s.select, early]
+        return how(f"select-{group}", *after, keep=False)["checkpoint"]
 
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
     if s.checkpointing:
-        student.gradient_checkpointing_enable()
-    history["align"] = align_hidden_states(
-        student, teacher, batches["align"], b["align"].steps, b["align"].lr, b["align"].lr / 100,
-        **how("align", b["align"]))  # fmt: skip
+        recompute_activations(student)
+    batches = {stage: corpus.batches(stage, budget) for stage, budget in b.items()}
+    align_hidden_states(student, teacher, batches["align"], b["align"].steps, b["align"].lr,
+                        b["align"].lr / 100, **how("align", b["align"]))  # fmt: skip
 
-    selection = {"name": "given" if s.select[0].isdigit() else s.select, "chosen": s.placed}
+    selection = {"name": s.select if s.select in RULES else "given", "chosen": s.placed}
     if s.placed is None:
-        held_out = corpus.held_out("validation", s.held_out, b["select"].length)
-        early = [s.evaluate_every, s.early_stop, s.softmax_layers if s.early_stop else 0, s.held_out]
-
-        def checkpoint(group):
-            after = [b["align"], b["select"], early, s.select]
-            return how(f"select-{group}", *after, keep=False)["checkpoint"]
-
+        validation = corpus.held_out("validation", s.held_out, b["select"].length)
         found = select_layers(
-            student, teacher, batches["select"], held_out, s.softmax_layers, b["select"].steps,
-            s.select, lr=b["select"].lr, rest_lr=b["select"].rest_lr, evaluate_every=s.evaluate_every,
-            early_stop=s.early_stop, at_once=s.candidates_at_once, micro_batch=s.micro_batch,
-            checkpoint=checkpoint)  # fmt: skip
-        by_kind = {kind: best_layers(found.rounds[0]["curves"], -1, f"kl_{kind}") for kind in held_out}
-        selection = {"name": "kl-guided", **dataclasses.asdict(found), "ranking_by_kind": by_kind}
+            student, teacher, batches["select"], validation, s.softmax_layers, b["select"].steps,
+            s.select, lr=b["select"].lr, rest_lr=b["select"].rest_lr, at_once=s.candidates_at_once,
+            evaluate_every=s.evaluate_every, early_stop=s.early_stop, micro_batch=s.micro_batch,
+            checkpoint=of_group)  # fmt: skip
+        curves = found.rounds[0]["curves"]
+        of_kind = {kind: best_layers(curves, kind=f"kl_{kind}") for kind in validation}
+        selection = {"name": "kl-guided", **dataclasses.asdict(found), "ranking_of_kind": of_kind}
     write(out / "selection.json", json.dumps(selection, indent=1))
 
     test = corpus.held_out("test", s.held_out, b["distill"].length)
-    places = {selection["name"]: sorted(selection["chosen"])}
+    places = {"teacher": range(L), selection["name"]: sorted(selection["chosen"])}
     for name in s.baselines:
-        rule = [] if name == "all-linear" else place_layers(name, L, s.softmax_layers, s.seed)
-        places[name] = rule
-    rows = [{"name": "teacher", "softmax_layers": list(range(L)), **measure(s, teacher, teacher, corpus, test)}]
+        rule = () if name == "all-linear" else place_layers(name, L, s.softmax_layers, s.seed, s.teacher)
+        places.setdefault(name, rule)
+    rows = []
     for name, layers in places.items():
-        after = [b["align"], layers, b["distill"]]
+        after = [b["align"], list(layers), b["distill"]]
         file = out / f"row-{key([base, *after, b['finetune'], s.held_out])}.json"
         if not file.exists() or name == selection["name"]:
-            hybrid = restore_attention(student, teacher, layers)
-            history["distill"] = distill_logits(
-                hybrid, teacher, batches["distill"], b["distill"].steps, b["distill"].lr,
-                b["distill"].rest_lr, **how("distill", *after))  # fmt: skip
-            history["finetune"] = finetune(
-                hybrid, batches["finetune"], b["finetune"].steps, b["finetune"].lr,
-                **how("finetune", *after, b["finetune"]))  # fmt: skip
-            row = {"softmax_layers": layers, **measure(s, hybrid, teacher, corpus, test)}
+            model = teacher
+            if name != "teacher":
+                model = restore_attention(student, teacher, layers)
+                distill_logits(model, teacher, batches["distill"], b["distill"].steps, b["distill"].lr,
+                               b["distill"].rest_lr, **how("distill", *after))  # fmt: skip
+                finetune(model, batches["finetune"], b["finetune"].steps, b["finetune"].lr,
+                         **how("finetune", *after, b["finetune"]))  # fmt: skip
+            if name == selection["name"]:
+                model.save_pretrained(out / "student")
+                tokenizer.save_pretrained(out / "student")
+            row = {"softmax_layers": list(layers), **evaluate(model, teacher, test), **corpus.recall(model)}
+            row["cache_bytes"] = cache_bytes(model, b["finetune"].length)
             write(file, json.dumps(row))
-        if name == selection["name"]:
-            hybrid.save_pretrained(out / "student")
-            tokenizer.save_pretrained(out / "student")
         rows.append({"name": name, **json.loads(file.read_text())})
-    report = {"teacher": s.teacher or "embedded", "layers": L, "machine": machine(s.device)}
-    report |= {"rows": rows, "selection": selection, "stages": stages(out)}
+    report = {"teacher": s.teacher or "embedded", "machine": machine(s.device), "rows": rows}
+    report |= {"selection": selection, "stages": stage_rows(out)}
     write(out / "report.json", json.dumps(report, indent=1))
     write(out / "report.md", markdown(report))
     return report
 
-def measure(s, model, teacher, corpus, test) -> dict:
-    """What a row of the report says of a model; the teacher goes the same way as its students."""
-    row = evaluate(model, teacher, test)
-    row["recall"] = corpus.recall(model)
-    row["cache_bytes"] = cache_bytes(model, s.budgets["finetune"].length)
-    return row
-
-def stages(out) -> list[dict]:
-    """Steps, tokens, seconds and losses of every stage in the run folder."""
-    found = []
-    for file in sorted(Path(out).glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime):
-        rows = [row for row in map(json.loads, file.read_text().splitlines()) if "loss" in row]
-        if rows:
-            tokens, seconds = (sum(row[what] for row in rows) for what in ("tokens", "seconds"))
-            found.append({"stage": file.parent.name, "steps": rows[-1]["step"], "tokens": tokens,
-                          "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds),
-                          "micro_batch": rows[-1]["micro_batch"], "peak_bytes": max(row["peak_bytes"] for row in rows),
-                          "loss_start": rows[0]["loss"], "loss_end": rows[-1]["loss"]})
-    return found
+def recompute_activations(model) -> None:
+    """Gradient checkpointing of every decoder layer while it trains (renamed within transformers 5)."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 def machine(device: str) -> str:
-    gpu = str(device).startswith("cuda")
-    name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     return f"{name}; torch {torch.__version__}, transformers {transformers.__version__}"
 
-def table(header: list, rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+def stage_rows(out) -> list[dict]:
+    """What every stage in the run folder used: steps, tokens, seconds, memory, first and last loss."""
+    found = []
+    for file in sorted(Path(out).glob("*/metrics.jsonl"), key=os.path.getmtime):
+        rows = [row for row in map(json.loads, file.read_text().splitlines()) if "loss" in row]
+        total = {what: sum(row[what] for row in rows) for what in ("tokens", "seconds")}
+        last = {what: rows[-1][what] for what in ("step", "micro_batch")}
+        total["tokens_per_second"] = round(total["tokens"] / total["seconds"])
+        peak, losses = max(row["peak_bytes"] for row in rows), [rows[0]["loss"], rows[-1]["loss"]]
+        found.append({"stage": file.parent.name, **last, **total, "peak_bytes": peak, "losses": losses})
+    return found
 
-def rows_table(report) -> str:
-    kinds = [name for name in report["rows"][0] if name.startswith("kl_")]
-    header = ["model", "softmax layers", "KL (nats)", *kinds, "perplexity", "recall", "cache bytes"]
-    return table(header, [[
-        row["name"], " ".join(map(str, row["softmax_layers"])) or "-", f"{row['kl']:.4f}",
-        *(f"{row[kind]:.4f}" for kind in kinds), f"{row['perplexity']:.2f}", f"{row['recall']:.1%}",
-        f"{row['cache_bytes']:,}"] for row in report["rows"]])  # fmt: skip
+def table(rows: list[dict]) -> str:
+    """A Markdown table of rows with the same keys; every kind of value in its own form."""
+    def cell(value):
+        if isinstance(value, dict):
+            return ", ".join(f"{name}: {cell(v)}" for name, v in value.items())
+        if isinstance(value, list):
+            return " ".join(map(cell, value)) or "-"
+        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 def markdown(report) -> str:
     """report.md: the rows, the stages, the curves of the selection."""
-    chosen = report["selection"]["chosen"]
-    parts = [f"# {report['teacher']}: {len(chosen)} of {report['layers']} layers stay softmax\n",
-             rows_table(report), f"Of the test part, all rows but the teacher after the same stages 2 and 3. {report['machine']}\n",
-             table(list(report["stages"][0]), [list(stage.values()) for stage in report["stages"]])]
+    parts = [f"# {report['teacher']}\n", table(report["rows"]),
+             "KL in nats and perplexity: test part. Every row but the teacher had the same stages 2 and 3. "
+             f"{report['machine']}.\n", table(report["stages"])]  # fmt: skip
     for scored in report["selection"].get("rounds", []):
         curves = scored["curves"]
-        header = ["layer", *(f"KL at step {point['step']}" for point in next(iter(curves.values())))]
-        cells = [[i, *(f"{point['kl']:.4f}" for point in curves[i])] for i in best_layers(curves)]
-        parts += [f"Selection, with layers {scored['kept'] or 'none'} kept before:\n", table(header, cells)]
-    for kind, ranking in report["selection"].get("ranking_by_kind", {}).items():
+        parts.append(f"Held-out KL of the candidates, by step, with layers {scored['kept']} kept:\n")
+        parts.append(table([{"layer": i, **{str(p["step"]): p["kl"] for p in curves[i]}} for i in best_layers(curves)]))
+    for kind, ranking in report["selection"].get("ranking_of_kind", {}).items():
         parts.append(f"Ranked on {kind} alone, best first: {ranking}\n")
     return "\n".join(parts)
 
 def plan(s, teacher) -> str:
     """What a run will train, by arithmetic."""
-    L, parameters, students = len(teacher.model.layers), teacher.num_parameters(), 1 + len(s.baselines)
-    times = {"align": 1, "select": 0 if s.placed else L, "distill": students, "finetune": students}
-    if s.select == "greedy":
-        times["select"] = sum(L - i for i in range(s.softmax_layers))
-    cells = [[n, times[n], b.steps, b.batch, b.length, f"{times[n] * b.steps * b.batch * b.length:,}", b.lr,
-              b.rest_lr] for n, b in s.budgets.items()]
-    return (f"{s.teacher or 'embedded teacher'}: {L} layers, {parameters / 1e6:,.1f} M parameters, "
-            f"{s.softmax_layers} layers stay softmax; {parameters * 18 / 2**30:.1f} GiB for one student "
-            "and its optimizer, beside the teacher and the activations\n"
-            + table(["stage", "times", "steps", "sequences", "length", "tokens in all", "lr", "rest lr"], cells))
+    L, students, select = len(teacher.model.layers), 1 + len(s.baselines), 0 if s.placed else 1
+    rounds = s.softmax_layers if s.select == "greedy" else select
+    times = {"align": 1, "select": sum(L - i for i in range(rounds)), "distill": students, "finetune": students}
+    rows = [{"stage": n, "times": times[n], "steps": b.steps, **vars(b)} for n, b in s.budgets.items()]
+    memory = 18 * teacher.num_parameters() / 2**30
+    return (f"{s.teacher or 'embedded teacher'}: {L} layers, {s.softmax_layers} stay softmax; a student and "
+            f"its optimizer take {memory:.1f} GiB beside teacher and activations\n{table(rows)}")  # fmt: skip
 
 @contextlib.contextmanager
 def locked(out):
@@ -1430,7 +1399,7 @@ def locked(out):
     try:
         import fcntl
     except ImportError:
-        raise UserError("runs need a system with file locks, such as Linux or macOS") from None
+        raise UserError("a run needs file locks, which this system lacks") from None
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / ".lock", "w") as file:
         try:
@@ -1441,7 +1410,7 @@ def locked(out):
 
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp, in one process
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp in one process
     s = parse(argv)
     try:
         if bool(s.teacher) != bool(s.data):
@@ -1457,11 +1426,11 @@ def main(argv=None) -> int:
             if s.dry_run:
                 return 0
             if s.teacher:
-                ids = load_tokens(s, tokenizer)
-                corpus = TokenCorpus(ids, s.held_out * s.budgets["distill"].length, s.seed, tokenizer)
+                held_out = s.held_out * s.budgets["distill"].length
+                corpus = TokenCorpus(load_tokens(s, tokenizer), held_out, s.seed, tokenizer)
             report = run(s, teacher, tokenizer, corpus)
-        print(rows_table(report))
-        print(f"softmax layers {report['selection']['chosen']}; {s.out}/report.md, {s.out}/student")
+        print(table(report["rows"]))
+        print(f"Softmax layers, best first: {report['selection']['chosen']}. {s.out}/report.md, {s.out}/student")
         return 0
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from the last save in {s.out}", file=sys.stderr)
