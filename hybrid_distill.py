@@ -1,12 +1,12 @@
-"""Turn a pretrained softmax Transformer into a hybrid: a few softmax layers, the rest linear attention.
+"""Turn a pretrained softmax Transformer into a hybrid: few softmax layers, the rest linear.
 
-    python hybrid_distill.py                     # the whole method on an embedded corpus, no download
+    python hybrid_distill.py                # the whole method, embedded corpus, no download
     python hybrid_distill.py --teacher HuggingFaceTB/SmolLM2-135M-Instruct --softmax-layers 8 \\
         --data HuggingFaceFW/fineweb-edu --data-config sample-10BT --out runs/smollm
-    python hybrid_distill.py --help              # every option
+    python hybrid_distill.py --help         # every option
 
 Reading list
-    [1] Distilling to Hybrid Attention Models via KL-Guided Layer Selection, arXiv 2512.20569: stage S
+    [1] Distilling to Hybrid Attention Models via KL-Guided Layer Selection, arXiv 2512.20569
     [2] RADLADS, arXiv 2505.03005: stages 0 to 3
     [3] Gated Delta Networks, arXiv 2412.06464: the mixer; its recurrence is in kernels.py
 
@@ -20,8 +20,8 @@ Glossary
     beta             beta        [B, T, H]       write strength, in (0, 1)
     S                S           [B, H, Dh, Dh]  the recurrent state, fp32
     softmax_layers   -           0-based indices of the K layers that keep softmax attention
-    importance       I(l)        -KL of the all-linear student with only layer l restored to softmax,
-                                 after a little of stage 2
+    importance       I(l)        -KL of the all-linear student with layer l alone restored to
+                                 softmax, after a little of stage 2
     attention, rest  -           every layer's self_attn, softmax or linear; all other parameters
 
 First the method, in the order of the paper; then the plumbing, which the method never calls.
@@ -84,12 +84,12 @@ class GatedDeltaNet(nn.Module):
         beta_t = sigmoid(W_b x_t)                                     write strength
         S~_t   = exp(g_t) S_{t-1}                                     S decays first,
         S_t    = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)             then its error is corrected
-        o_t    = S_t^T q_t Dh^-1/2                                    (these three lines: kernels.py)
+        o_t    = S_t^T q_t Dh^-1/2                                    (three lines: kernels.py)
         y_t    = W_o (RMSNorm(o_t) * SiLU(W_g x_t))
 
     Another mixer is another class in this file with such a `from_attention`, `forward` and `fp32`,
-    named in `MIXERS`. Where it differs from the official code: the head size is the attention's own,
-    and q/k/v biases (Qwen2) and q/k norms (Qwen3, before the SiLU) are carried over.
+    named in `MIXERS`. Unlike the official code, the head size is the attention's own, and q/k/v
+    biases (Qwen2) and q/k norms (Qwen3, before the SiLU) are carried over.
     """
     fp32 = ("A_log", "dt_bias")  # parameters that stay fp32 whatever the model is
 
@@ -121,9 +121,9 @@ class GatedDeltaNet(nn.Module):
     def from_attention(cls, attn) -> GatedDeltaNet:
         """Stage 0 for one layer: a mixer that starts from copies of attn's W_q, W_k, W_v and W_o.
 
-        attn: the self_attn of a transformers Llama, Mistral, Qwen2 or Qwen3 layer. Mixer head h gets
-        query head h and the KV head h // (H / H_kv) that it reads, as a whole. (The official code
-        repeats single weight rows, which mixes channels of different heads.)
+        attn: the self_attn of a Llama, Mistral, Qwen2 or Qwen3 layer of transformers. Mixer head h
+        gets query head h and the KV head h // (H / H_kv) that it reads, as a whole. (The official
+        code repeats single weight rows, which mixes channels of different heads.)
         """
         Dh, weight = attn.head_dim, attn.q_proj.weight
         H = attn.q_proj.out_features // Dh
@@ -137,7 +137,7 @@ class GatedDeltaNet(nn.Module):
 
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             expand = per_query_head if name in ("k_proj", "v_proj") else torch.clone
-            for part, p in getattr(attn, name).named_parameters():  # weight and, if there is one, bias
+            for part, p in getattr(attn, name).named_parameters():  # weight, maybe bias
                 getattr(getattr(mixer, name), part).copy_(expand(p))
         if hasattr(attn, "q_norm"):
             mixer.q_norm, mixer.k_norm = copy.deepcopy(attn.q_norm), copy.deepcopy(attn.k_norm)
@@ -191,13 +191,13 @@ class GatedDeltaNet(nn.Module):
 
 MIXERS = {"gdn": GatedDeltaNet}  # by config.mixer
 
-# -------------------------------------------------------------------------- the hybrid model, its cache
+# ------------------------------------------------------------------- the hybrid model, its cache
 
 class RecurrentState(DynamicLayer):
     """One layer of transformers' cache that holds a mixer's state, of constant size.
 
-    tensors: the state, batch first; Gated DeltaNet's is (S,). `generate` asks a cache for its length
-    and to follow the batch (beam search); that is what is here.
+    tensors: the state, batch first; Gated DeltaNet's is (S,). `generate` asks a cache for its
+    length and to follow the batch (beam search); that is what is here.
     """
     is_croppable = False
 
@@ -234,7 +234,7 @@ class RecurrentState(DynamicLayer):
         raise NotImplementedError("a recurrent state cannot be rolled back: no assisted decoding")
 
 def recurrent_state(cache: Cache, layer_idx: int) -> RecurrentState:
-    """The state of one layer, put into `cache` in the place of its empty KV layer when first asked for.
+    """The state of one layer, put in the place of its empty KV layer when first asked for.
 
     So whoever made the cache (`generate`, a pipeline, `DynamicCache()`) need not know of hybrids.
     """
@@ -247,13 +247,13 @@ def recurrent_state(cache: Cache, layer_idx: int) -> RecurrentState:
         kind = type(layer).__name__
         raise UserError(f"a hybrid needs cache_implementation='dynamic', not layers of {kind}")
     if layer.get_seq_length() > 0:
-        raise UserError("this cache holds keys and values of another model; start with an empty one")
+        raise UserError("this cache holds keys and values of another model: use an empty one")
     cache.layers[layer_idx] = RecurrentState()
     return cache.layers[layer_idx]
 
 class Hybrid:
     """A stock causal LM with a mixer in every layer that `config.softmax_layers` does not name."""
-    _keep_in_fp32_modules_strict = sorted({name for mixer in MIXERS.values() for name in mixer.fp32})
+    _keep_in_fp32_modules_strict = [name for mixer in MIXERS.values() for name in mixer.fp32]
 
     def __init__(self, config):
         super().__init__(config)
@@ -269,8 +269,8 @@ class Hybrid:
     def save_pretrained(self, *args, **options):
         for mixer in map(type, mixers(self).values()):
             if mixer.__module__ != type(self).__module__:
-                raise UserError(f"{mixer.__name__} is not in the file that is saved with the student, "
-                                "which would load with another mixer: move the class into it")
+                raise UserError(f"{mixer.__name__} is not in the file saved with a student, "
+                                "which would load with another mixer: move it there")
         super().save_pretrained(*args, **options)
 
 HYBRIDS = {}  # the stock class -> its hybrid: LlamaForCausalLM -> HybridLlamaForCausalLM, ...
@@ -308,7 +308,8 @@ def _pass_padding_and_packing(decoder, args, kwargs):
         # A sequence begins with each row, and wherever a position is not the one before plus 1.
         starts = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
         if starts[:, 1:].any():
-            rows = len(next(call[n] for n in ("input_ids", "inputs_embeds") if call.get(n) is not None))
+            tokens = call.get("input_ids")
+            rows = len(call["inputs_embeds"] if tokens is None else tokens)
             starts = starts.expand(rows, -1).flatten()
             more["cu_seqlens"] = F.pad(starts.nonzero().flatten(), (0, 1), value=len(starts))
     return args, {**kwargs, **more}
@@ -319,8 +320,9 @@ def _check_the_cache(decoder, args, output):
     for cache in (value for value in values if isinstance(value, Cache)):
         for i in set(range(len(decoder.layers))) - set(decoder.config.softmax_layers):
             if not isinstance(cache.layers[i], RecurrentState):
-                raise RuntimeError(f"asked to use a cache, which the mixer of layer {i} did not see: "
-                                   f"transformers {transformers.__version__} is not supported")
+                raise RuntimeError(
+                    f"asked to use a cache, which the mixer of layer {i} was not given: "
+                    f"transformers {transformers.__version__} is not supported")  # fmt: skip
 
 def mixers(model) -> dict[int, nn.Module]:
     """The linear-attention layers of a hybrid, also of a loaded one: {layer index: mixer}."""
@@ -340,7 +342,7 @@ def last_hidden(model, tokens):
 # --------------------------------------------------------------------------------------- the losses
 
 def alignment_loss(y_student, y_teacher):
-    """Stage 1: mean over tokens of ||y_teacher - y_student||_2 D^-1/2, not squared. [B, T, D] twice."""
+    """Stage 1: mean over tokens of ||y_teacher - y_student||_2 D^-1/2, of two [B, T, D]."""
     D = y_student.shape[-1]
     return (y_teacher.float() - y_student.float()).norm(dim=-1).mean() * D**-0.5
 
@@ -349,10 +351,10 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
 
         KL_t = sum_v p_t(v) (log p_t(v) - log p_s(v)),   p = softmax(head h),   temperature 1
 
-    student_hidden [..., D_s], teacher_hidden [..., D_t]; heads [V, D_s] and [V, D_t], or the nn.Linear
-    without bias that holds one; mask [...], 1 on the tokens that count, default all. Gradients reach
-    student_hidden and student_head. At most `chunk` rows of logits exist at a time (default 2^25 / V),
-    forward and backward. To copy it, take `_ChunkedLoss` and `_token_weights` too.
+    student_hidden [..., D_s], teacher_hidden [..., D_t]; heads [V, D_s] and [V, D_t], or the
+    nn.Linear without bias that holds one; mask [...], 1 on the tokens that count, default all.
+    Gradients reach student_hidden and student_head. At most `chunk` rows of logits (2^25 / V) exist
+    at a time, forward and backward. To copy it, take `_ChunkedLoss` and `_token_weights` too.
     """
     student_head = getattr(student_head, "weight", student_head)
     teacher_head = getattr(teacher_head, "weight", teacher_head).detach()
@@ -399,8 +401,8 @@ class _ChunkedLoss(torch.autograd.Function):
     """sum_t w_t loss(head h_t), with the logits of `chunk` tokens at a time.
 
     The gradient of such a loss with respect to its logits is known together with the loss, so one
-    visit to each chunk gives both: the forward keeps d/dh [tokens, D] and d/dhead [V, D] and no logits,
-    and the backward scales them.
+    visit to each chunk gives both: the forward keeps d/dh [tokens, D] and d/dhead [V, D], not the
+    logits, and the backward scales them.
     """
     @staticmethod
     def forward(ctx, hidden, head, loss_and_grad, weights, chunk):
@@ -432,7 +434,7 @@ class _ChunkedLoss(torch.autograd.Function):
 # ------------------------------------------------------------- stage 0: attention weight transfer
 
 def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
-    """Stage 0: a copy of `teacher` whose attention is linear where `softmax_layers` does not name it.
+    """Stage 0: a copy of `teacher` with linear attention in all layers but `softmax_layers`.
 
     teacher: a transformers Llama, Mistral, Qwen2 or Qwen3 causal LM; not changed. softmax_layers:
     indices in [0, L). mixer: a name in MIXERS. UserError for any other architecture, index or name.
@@ -451,7 +453,7 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
     return student
 
 def restore_attention(student, teacher, softmax_layers):
-    """A copy of the all-linear `student` with the teacher's softmax attention in `softmax_layers`."""
+    """A copy of the all-linear `student` with the teacher's attention in `softmax_layers`."""
     hybrid = copy.deepcopy(student)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
@@ -465,18 +467,18 @@ def check_layers(softmax_layers, L: int) -> list[int]:
         raise UserError(f"softmax layers must be distinct and within 0..{L - 1}, not {layers}")
     return layers
 
-# ------------------------------------------------------------------ the training loop of every stage
+# --------------------------------------------------------------- the training loop of every stage
 
 def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_batch=None,
-          evaluation=None, evaluate_every=None, until=None, checkpoint=None) -> list[dict]:  # fmt: skip
+          evaluation=None, evaluate_every=None, until=None, checkpoint=None):  # fmt: skip
     """The loop behind every stage -> its history, a row a step: {"step", loss: value, ..., "loss"}.
 
     models: modules, each clipped to gradient norm 1 for itself. What requires a gradient trains, in
     fp32 (a bf16 weight swallows small steps), and is handed back in the dtype that it came in.
     optimizers: over those parameters; schedule(step, steps) is a factor on their learning rates.
-    losses(tokens): yields (name, loss, weight); each is back-propagated before the next is computed.
-    batches: token batches [B, T], a list or a function of the step. micro_batch: sequences of it at a
-    time, default all, halved when the GPU's memory ends; the gradient is that of the whole batch.
+    losses(tokens): yields (name, loss, weight), each back-propagated before the next is computed.
+    batches: token batches [B, T], a list or a function of the step. micro_batch: sequences of it at
+    a time, default all, halved when the GPU's memory ends; the gradient is the whole batch's.
     evaluation(): entries for the row of step 0, of every evaluate_every-th step and of the last.
     until: stop there, to go on later. checkpoint: a Checkpoint, or None.
     Raises FloatingPointError, with the weights of the last good step, when a loss is not finite.
@@ -509,15 +511,16 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
                 if checkpoint and step > 0:
                     checkpoint.save(history, everything, optimizers)
                 raise FloatingPointError(
-                    f"{name}: {bad[0]} became {row[bad[0]]} at step {step + 1} of {steps}; the weights "
-                    f"are those of step {step}, the last good one: try a smaller learning rate"
+                    f"{name}: {bad[0]} became {row[bad[0]]} at step {step + 1} of {steps}; the "
+                    f"weights are those of step {step}, the last good one: lower its learning rate"
                 )  # fmt: skip
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             row |= {"step": step + 1, "lr": peaks[0][0]["lr"], "tokens": tokens.numel()}
             row |= {"micro_batch": micro_batch, "seconds": time.monotonic() - clock}
-            row["peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            cuda = torch.cuda.is_available()
+            row["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else 0
             if evaluation and (step + 1 == steps or (step + 1) % (evaluate_every or steps) == 0):
                 row |= evaluation()
             history.append(row)
@@ -562,9 +565,9 @@ def adamw(groups) -> list:
     return [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=groups[0]["params"][0].is_cuda)]
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
-    """Optimizer groups: attention, softmax and linear, at `lr`, the rest at `rest_lr`; 0 freezes it.
+    """Optimizer groups: attention, softmax and linear, at `lr`, the rest at `rest_lr` (0: frozen).
 
-    Matrices take weight decay 0.01; A_log, dt_bias, norms and biases none, it would pull gates to 0.
+    Matrices take weight decay 0.01; A_log, dt_bias, norms and biases none: it pulls gates to 0.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -587,13 +590,14 @@ class Checkpoint:
     """A stage on disk, so that it goes on where it was stopped, on a CPU with the same numbers.
 
     `folder`/metrics.jsonl  the history, up to the newest save
-    `folder`/step-N         trained weights, optimizers, random state (torch.distributed.checkpoint);
-                            at the last step weights alone, or, without `keep`, nothing
+    `folder`/step-N         by torch.distributed.checkpoint: trained weights, optimizers, random
+                            state; of the last step weights alone or, without `keep`, nothing
     seconds: between two saves, more when one takes long: a tenth of the time at most.
     """
     def __init__(self, folder, keep=True, seconds=30.0):
         self.folder, self.stage, self.keep = Path(folder), Path(folder).name, keep
-        self.metrics, self.seconds, self.saved_at = self.folder / "metrics.jsonl", seconds, time.monotonic()
+        self.metrics = self.folder / "metrics.jsonl"
+        self.seconds, self.saved_at = seconds, time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, module, optimizers, steps: int) -> list[dict]:
@@ -657,8 +661,8 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
         x_l from the *teacher's* forward pass: its output, not the mixer's, feeds the next layer
 
     So one teacher pass serves all layers, and nothing of the student but its mixers runs or trains.
-    Trains in place; returns the history, a loss a layer ("layer 3"). Cosine from lr to final_lr, after
-    a warm-up of 50 steps (at most a tenth of all).
+    Trains in place; returns the history, a loss a layer ("layer 3"). Cosine from lr to final_lr,
+    after a warm-up of 50 steps (at most a tenth of all).
     """
     training = nn.ModuleDict({str(i): mixer for i, mixer in mixers(student).items()})
     if not training:
@@ -679,7 +683,7 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
 
 @torch.no_grad()
 def attention_io(model, tokens, layers) -> dict[int, tuple]:
-    """{l: (x_l, y_l)}: input and output [B, T, D] of the attention of `layers` in one forward pass."""
+    """{l: (x_l, y_l)}: input and output [B, T, D] of the attention of `layers`, in one pass."""
     seen = {}
 
     def remember(attention, args, kwargs, output):
@@ -698,21 +702,21 @@ def attention_io(model, tokens, layers) -> dict[int, tuple]:
 
 @dataclasses.dataclass
 class Selection:
-    """What `select_layers` found. Layers are 0-based, best first; KL is in nats per held-out token."""
+    """What `select_layers` found. Layers are 0-based, best first; KL is in nats a token."""
     chosen: list[int]  # the K layers that stay softmax
     ranking: list[int]  # every layer
     importance: dict[int, float]  # I(l) = -KL when l was last scored
     rounds: list[dict]  # one a scoring round: {"kept", "curves": see score_layers}
 
-def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2", **scoring) -> Selection:
-    """KL-guided selection: which k of the L layers should stay softmax?
+def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2", **scoring):
+    """KL-guided selection: which k of the L layers should stay softmax? -> Selection
 
         I(l) = -KL(teacher || student with only layer l restored to softmax, after a little stage 2)
 
     student: the *all-linear* student after stage 1. scoring: the options of `score_layers`.
-    strategy: "ga-s2", the paper's greedy addition: score every layer once, keep the k best. "greedy"
-    iterates: keep the best, score the others with it kept, and so on. It does not pick two layers
-    that do the same job, and costs about k times as much.
+    strategy: "ga-s2", the paper's greedy addition: score every layer once, keep the k best.
+    "greedy" iterates: keep the best, score the others with it kept, and so on. It does not pick two
+    layers that do the same job, and costs about k times as much.
     """
     L = len(mixers(student))
     if student.config.softmax_layers:
@@ -735,16 +739,16 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
 def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, rest_lr=7e-6,
                  evaluate_every=None, early_stop=0, k=1, at_once=None, micro_batch=None,
                  checkpoint=lambda group: None) -> dict[int, list[dict]]:  # fmt: skip
-    """One round of scores: {layer: [{"step", "kl", "kl_<kind>"}, ...]}, the candidates' held-out KL.
+    """One round of scores, held-out KL: {layer: [{"step", "kl", "kl_<kind>"}, ...]}.
 
     sets: {layer: the softmax layers of the hybrid that is trained, like stage 2, to score it}.
-    batches: what each candidate trains on; held_out: {kind: [tokens [B, T], ...]}, never trained on.
+    batches: what each candidate trains on; held_out: {kind: [tokens [B, T], ...]}, never trained.
     lr, rest_lr: of attention, of the rest. evaluate_every: steps, default a fifth of all.
     early_stop: end when the k best were the same at that many evaluations in a row; 0: never.
     at_once: candidates in memory at a time, which share each teacher pass; default: what fits.
     checkpoint(group): a Checkpoint for a group of candidates; early stopping needs them, for the
     groups then train in turn, one interval each.
-    Where it differs from the official code: held-out KL on fixed batches, not a logged training loss.
+    Unlike the official code: held-out KL on fixed batches, not a logged training loss.
     """
     every, layers = evaluate_every or max(1, steps // 5), list(sets)
     at_once = at_once or candidates_that_fit(student)
@@ -762,10 +766,11 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
                 for i, loss in kl_to_teacher(models, teacher, tokens):
                     yield f"layer {i}", loss, 1.0
 
-            history = train(list(models.values()), adamw(sum(parameters, [])), losses, batches, steps,
-                            evaluation=lambda: {"held_out": held_out_kl(models, teacher, held_out)},
-                            evaluate_every=every, until=end, micro_batch=micro_batch,
-                            checkpoint=saved)  # fmt: skip
+            history = train(
+                list(models.values()), adamw(sum(parameters, [])), losses, batches, steps,
+                evaluation=lambda: {"held_out": held_out_kl(models, teacher, held_out)},
+                evaluate_every=every, until=end, micro_batch=micro_batch, checkpoint=saved,
+            )  # fmt: skip
             seen = [row for row in history if "held_out" in row]
             for i in group:
                 curves[i] = [{"step": row["step"], **row["held_out"][str(i)]} for row in seen]
@@ -785,10 +790,11 @@ def best_layers(curves, evaluation=-1, kind="kl") -> list[int]:
     return sorted(curves, key=lambda i: curves[i][evaluation][kind])
 
 def settled(curves, evaluations: int, k: int) -> bool:
-    """Were the k best the same at each of the last `evaluations`? Step 0, untrained, does not count."""
-    count = len(next(iter(curves.values())))
-    sets = {frozenset(best_layers(curves, -n)[:k]) for n in range(1, min(evaluations, count - 1) + 1)}
-    return count > evaluations and len(sets) == 1
+    """Were the k best the same at each of the last `evaluations`? Step 0 does not count."""
+    if len(next(iter(curves.values()))) <= evaluations:
+        return False
+    sets = {frozenset(best_layers(curves, -n)[:k]) for n in range(1, evaluations + 1)}
+    return len(sets) == 1
 
 def kl_to_teacher(models: dict, teacher, tokens):
     """Yields (name, KL(teacher || model)) for each model; they share one teacher pass."""
@@ -832,7 +838,7 @@ RULES = ("uniform", "centred", "random", "random-1", "random-2", "first", "last"
 def place_layers(how: str, L: int, k: int, seed=0, teacher_name="") -> list[int]:
     """k of L layers by a rule that looks at no data:
 
-    uniform    (i+1) L // k - 1, the official code's for Llama-3.2-3B; its last pick is the last layer
+    uniform    (i+1) L // k - 1, the official code's for Llama-3.2-3B; it ends with the last layer
     centred    int((i + 1/2) L / k), the same spacing, moved to the middle
     random     drawn with `seed`, random-1 and random-2 two more draws;  first, last: k at that end
     published  the GA-S2 selection published for `teacher_name` (its last path component)
@@ -858,11 +864,11 @@ def place_layers(how: str, L: int, k: int, seed=0, teacher_name="") -> list[int]
 # ------------------------------------------------------------- stages 2 and 3: matching, finetuning
 
 def distill_logits(student, teacher, batches, steps, lr=1e-4, rest_lr=7e-6, **how) -> list[dict]:
-    """Stage 2, distribution matching: all parameters learn KL(teacher || student), mean over tokens.
+    """Stage 2, distribution matching: KL(teacher || student), mean over tokens, all parameters.
 
-    Starts from the stage-1 student with the chosen layers restored. Constant learning rates, `lr` of
-    attention and `rest_lr` of the rest (0 freezes it). how: micro_batch and checkpoint, as in `train`.
-    Trains in place; returns the history ("kl").
+    Starts from the stage-1 student with the chosen layers restored. Constant learning rates, `lr`
+    of attention and `rest_lr` of the rest (0 freezes it). how: micro_batch, checkpoint, as in
+    `train`. Trains in place; returns the history ("kl").
     """
     def losses(tokens):
         for _, loss in kl_to_teacher({"": student}, teacher, tokens):
@@ -872,7 +878,7 @@ def distill_logits(student, teacher, batches, steps, lr=1e-4, rest_lr=7e-6, **ho
     return train([student], optimizers, losses, batches, steps, **how)
 
 def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
-    """Stage 3: cross-entropy on longer sequences, all parameters at `lr`, no teacher; history "ce"."""
+    """Stage 3: cross-entropy on longer sequences, all parameters at `lr`, no teacher ("ce")."""
     def losses(tokens):
         hidden = last_hidden(student, tokens)[:, :-1]
         yield "ce", cross_entropy_loss(hidden, student.lm_head, tokens[:, 1:]), 1.0
@@ -884,11 +890,11 @@ def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
 #                                           THE PLUMBING
 # ==================================================================================================
 
-# ------------------------------------------------------------------------------------------ settings
+# --------------------------------------------------------------------------------------- settings
 
 @dataclasses.dataclass
 class Budget:
-    """What a stage uses: tokens in all and a sequence, sequences a step, rates of attention and rest."""
+    """What a stage uses: tokens in all, tokens a sequence, sequences a step, learning rates."""
     tokens: int
     length: int
     batch: int
@@ -902,40 +908,44 @@ class Budget:
 
 EMBEDDED = dict(  # the small teacher made here
     align=Budget(614_400, 128, 32, 3e-3), select=Budget(81_920, 128, 32, 1e-3, 1e-4),
-    distill=Budget(245_760, 128, 32, 1e-3, 1e-4), finetune=Budget(81_920, 256, 16, 1e-4))  # fmt: skip
+    distill=Budget(245_760, 128, 32, 1e-3, 1e-4), finetune=Budget(81_920, 256, 16, 1e-4),
+)  # fmt: skip
 SMALL = dict(  # below 1B parameters: minutes on one GPU
     align=Budget(10_000_000, 512, 96, 2e-3), select=Budget(163_840, 1024, 8, 5e-4, 5e-5),
-    distill=Budget(2_400_000, 1024, 8, 5e-4, 5e-5), finetune=Budget(400_000, 4096, 4, 2e-5))  # fmt: skip
+    distill=Budget(2_400_000, 1024, 8, 5e-4, 5e-5), finetune=Budget(400_000, 4096, 4, 2e-5),
+)  # fmt: skip
 PAPER = dict(  # larger ones: [1], stage 3 [2]
     align=Budget(10**8, 512, 96, 1e-3), select=Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
-    distill=Budget(6 * 10**8, 4096, 32, 1e-4, 7e-6), finetune=Budget(10**8, 16384, 8, 1e-5))  # fmt: skip
+    distill=Budget(6 * 10**8, 4096, 32, 1e-4, 7e-6), finetune=Budget(10**8, 16384, 8, 1e-5),
+)  # fmt: skip
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; what depends on the teacher stays None until `resolve`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Each stage S of align, "
-        "select, distill, finetune takes --S-tokens, --S-length, --S-batch, --S-lr and --S-rest-lr (of "
-        "what is not attention; 0 freezes it). Defaults go by the size of the teacher.")  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.epilog = (
+        "Each stage S of align, select, distill, finetune takes --S-tokens, --S-length, --S-batch, "
+        "--S-lr and --S-rest-lr (of what is not attention; 0 freezes it); default: by teacher size."
+    )
     add = parser.add_argument
-    add("--teacher", default="", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [small, made here]")
-    add("--data", default="", help="hub id, .txt, .jsonl, .parquet, a folder of one kind, .npy of ids")
+    add("--teacher", default="", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [made here]")
+    add("--data", default="", help="hub id, .txt, .jsonl, .parquet or a folder, .npy of ids")
     add("--data-config", help="the configuration of a hub dataset, e.g. sample-10BT")
-    add("--text-column", default="text", help="the column of the text or, with --chat, the messages")
+    add("--text-column", default="text", help="the column of text or, with --chat, messages")
     add("--chat", action="store_true", help="render the column with the tokenizer's chat template")
-    add("--softmax-layers", type=int, metavar="K", help="layers that stay softmax [embedded 1, else L/4]")
-    add("--select", default="ga-s2", help=f"ga-s2, greedy, {', '.join(RULES)} or layers such as 3,7,11")
-    add("--early-stop", type=int, default=0, metavar="N",
-        help="end the selection when the K best were the same at N evaluations in a row [0: never]")  # fmt: skip
-    add("--evaluate-every", type=int, help="steps between evaluations of the selection [a fifth of all]")
+    add("--softmax-layers", type=int, metavar="K", help="softmax layers [embedded 1, else L/4]")
+    add("--select", default="ga-s2", help=f"ga-s2, greedy, {', '.join(RULES)} or 3,7,11")
+    add("--early-stop", type=int, default=0, help="evaluations with the same K best that end it")
+    add("--evaluate-every", type=int, help="steps between evaluations of the selection [a fifth]")
     add("--candidates-at-once", type=int, help="candidates in memory at a time [what fits]")
-    add("--baselines", help="further rows of the report: all-linear or rules, comma-separated; or none")
+    add("--baselines", help="further rows: all-linear or rules, comma-separated; or none")
     add("--mixer", default="gdn", help=f"the linear attention: {', '.join(MIXERS)}")
     add("--out", default="runs/default", help="the run folder; the same command goes on in it")
     add("--seed", type=int, default=0, help="of teacher, data order, gates and random baselines")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
-    add("--micro-batch", type=int, help="sequences a backward pass [the batch, halved until it fits]")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations [from 1B]")
-    add("--trust-remote-code", action="store_true", help="run code that comes with teacher or tokenizer")
+    add("--micro-batch", type=int, help="sequences at a time [the batch, halved until it fits]")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute [from 1B]")
+    add("--trust-remote-code", action="store_true", help="run code of the teacher or tokenizer")
     add("--held-out", type=int, default=64, help="sequences in each of validation and test part")
     add("--dry-run", action="store_true", help="print the plan and stop")
     for stage, budget in PAPER.items():
@@ -955,21 +965,22 @@ def resolve(s, teacher):
     s.baselines = [name for name in (s.baselines or rows).split(",") if name != "none"]
     s.checkpointing = large if s.checkpointing is None else s.checkpointing
     if unknown := set(s.baselines) - {"all-linear", *RULES}:
-        raise UserError(f"--baselines knows all-linear, {', '.join(RULES)}, not {', '.join(unknown)}")
-    listed = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else None
+        raise UserError(f"--baselines knows all-linear, {', '.join(RULES)}, not {unknown.pop()!r}")
+    is_list = re.fullmatch(r"\d+(,\d+)*", s.select)
+    listed = [int(i) for i in s.select.split(",")] if is_list else None
     if not listed and s.select not in ("ga-s2", "greedy", *RULES):
         known = ", ".join(("ga-s2", "greedy", *RULES))
         raise UserError(f"--select must be {known} or layers such as 3,7,11, not {s.select!r}")
     k = len(listed) if listed else s.softmax_layers
     k = k if k is not None else max(1, L // 4) if s.teacher else 1
     if s.softmax_layers not in (None, k) or not 1 <= k <= L:
-        raise UserError(f"--softmax-layers must be within 1..{L}, the layers of the teacher, and as many "
-                        f"as --select lists, not {s.softmax_layers or k}")  # fmt: skip
+        raise UserError(f"--softmax-layers must be within 1..{L}, the teacher's layers, and as "
+                        f"many as --select lists, not {s.softmax_layers or k}")  # fmt: skip
     s.softmax_layers, s.placed = k, check_layers(listed, L) if listed else None
     if s.select in RULES:
         s.placed = place_layers(s.select, L, k, s.seed, s.teacher)
 
-# ---------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------- data
 
 def seeded(*name) -> torch.Generator:
     digest = hashlib.sha256(json.dumps(name).encode()).digest()
@@ -988,8 +999,8 @@ class EmbeddedCorpus:
     """Text that is on every machine, as bytes, and in-context recall: half of every batch each.
 
     Text: CPython's standard library and the English of pydoc_data.topics, split by file. Recall: as
-    many pairs `k v k v ...` of distinct keys and random values as fit, then the keys in random order,
-    each with its value. The selection keeps what its data need: ranked on text alone, another layer.
+    many pairs `k v k v ...` of distinct keys and random values as fit, then the keys in another
+    order, each with its value. The selection keeps what its data need: text alone, another layer.
     """
     KEYS, VALUES = torch.arange(68, 100), torch.arange(100, 116)  # 16 values: chance is 6 %
 
@@ -1008,10 +1019,13 @@ class EmbeddedCorpus:
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part."""
-        return lambda step: torch.cat(self.sample("train", b.batch, b.length, seeded(self.seed, stage, step)))
+        def at(step):
+            draw = seeded(self.seed, stage, step)
+            return torch.cat(self.sample("train", b.batch, b.length, draw))
+        return at
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
-        """{"text": [tokens, ...], "recall": [...]}, `count` sequences in all, none of them in train."""
+        """{"text": [tokens, ...], "recall": [...]}, `count` sequences in all."""
         halves = self.sample(part, max(2, count), length, seeded(self.seed, part, length))
         return {kind: list(half.split(32)) for kind, half in zip(("text", "recall"), halves)}
 
@@ -1021,25 +1035,28 @@ class EmbeddedCorpus:
         starts = torch.randint(len(self.text[part]) - length, (count - n, 1), generator=draw)
         text = self.text[part][starts + torch.arange(length)].long() + 3  # see byte_tokenizer
         known = recall_prompts(self.KEYS, self.VALUES, pairs, n, draw)[0][:, :-1].view(n, pairs, 2)
-        order = [torch.rand(n, pairs, generator=draw).argsort(1) for _ in range(-(-length // (2 * pairs)))]
-        asked = known.gather(1, torch.cat(order, 1)[..., None].expand(-1, -1, 2))
+        rounds = -(-length // (2 * pairs))
+        order = torch.rand(n, rounds, pairs, generator=draw).argsort(2).flatten(1)
+        asked = known.gather(1, order[..., None].expand(-1, -1, 2))
         return text, torch.cat([known, asked], 1).flatten(1)[:, :length]
 
     def recall(self, model, count=256) -> dict:
         """The share of right answers to prompts of 32 pairs."""
         draw = seeded(self.seed, "recall")
-        return {"recall": recall_accuracy(model, *recall_prompts(self.KEYS, self.VALUES, 32, count, draw))}
+        prompts = recall_prompts(self.KEYS, self.VALUES, 32, count, draw)
+        return {"recall": recall_accuracy(model, *prompts)}
 
 class TokenCorpus:
     """A stream of token ids [N]: first the validation part, then the test part, then train."""
 
     def __init__(self, ids, held_out: int, seed: int, tokenizer=None):
         self.seed, self.tokenizer = seed, tokenizer
-        self.parts = dict(zip(("validation", "test", "train"), np.split(ids, (held_out, 2 * held_out))))
+        parts = np.split(ids, (held_out, 2 * held_out))
+        self.parts = dict(zip(("validation", "test", "train"), parts))
         self.identity = [len(ids), held_out, hashlib.sha1(ids[: 10**6].tobytes()).hexdigest()]
 
     def batches(self, stage: str, b: Budget):
-        """A function of the step -> tokens [batch, length] of the train part, in an order per stage."""
+        """A function of the step -> tokens [batch, length] of the train part, shuffled."""
         rows = self._rows("train", b.length)
         order = torch.randperm(len(rows), generator=seeded(self.seed, stage)).numpy()
 
@@ -1055,24 +1072,25 @@ class TokenCorpus:
     def _rows(self, part, length):
         count = len(self.parts[part]) // length
         if count == 0:
-            raise UserError(f"the {part} part has {len(self.parts[part])} tokens, too few for a sequence "
-                            f"of {length}: give more data, or a shorter length or --held-out")  # fmt: skip
+            raise UserError(
+                f"the {part} part has {len(self.parts[part])} tokens, too few for a sequence of "
+                f"{length}: give more data, shorter sequences or a smaller --held-out")  # fmt: skip
         return self.parts[part][: count * length].reshape(count, length)
 
     def recall(self, model, lengths=(512, 1024, 2048, 4096), count=32) -> dict:
         """The share of needles found, one or one of four, in so many tokens of the test part."""
-        found = {}
-        for length in (n for n in lengths if n < len(self.parts["test"])):
+        found, filler = {}, self.parts["test"]
+        for length in (n for n in lengths if n < len(filler)):
             for needles in (1, 4):
                 draw = seeded(self.seed, length, needles)
-                prompts = needle_prompts(self.tokenizer, self.parts["test"], needles, count, length, draw)
+                prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
                 found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
         return {"recall": sum(found.values()) / max(1, len(found)), "needles": found}
 
 def load_tokens(s, tokenizer):
-    """--data as ids [N]: a .npy as it is; text tokenised once and packed, into `out`/tokens-KEY.npy.
+    """--data as ids [N]: a .npy as it is; text tokenised once and packed, in `out`/tokens-KEY.npy.
 
-    Documents in a seeded order, each with the tokenizer's own special tokens and closed with EOS; as
+    Documents in a seeded order, with the tokenizer's own special tokens, each closed with EOS; as
     many as the largest stage and the held-out parts take.
     """
     if s.data.endswith(".npy"):
@@ -1086,11 +1104,13 @@ def load_tokens(s, tokenizer):
         bar = tqdm(total=need, desc="tokenise", unit="token", unit_scale=True)
         for rows in load_documents(s).iter(256):
             if s.text_column not in rows:
-                raise UserError(f"{s.data} has the columns {', '.join(rows)}: name one with --text-column")
+                raise UserError(f"{s.data} has no column {s.text_column!r}; name one of "
+                                f"{', '.join(rows)} with --text-column")  # fmt: skip
             texts = [text for text in rows[s.text_column] if text]
             if s.chat:
                 texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
-            for ids in tokenizer(texts, add_special_tokens=not s.chat)["input_ids"] if texts else []:
+            special = dict(add_special_tokens=not s.chat)  # a chat template writes its own
+            for ids in tokenizer(texts, **special)["input_ids"] if texts else []:
                 closed = eos is None or ids[-1:] == [eos]
                 parts.append(np.array(ids if closed else [*ids, eos], np.uint32))
                 bar.update(len(parts[-1]))
@@ -1105,9 +1125,11 @@ def load_tokens(s, tokenizer):
 def load_documents(s):
     """The rows of --data as a streamed, shuffled `datasets` dataset."""
     import datasets
-    path, kinds = Path(s.data), {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    files = [f for f in ([path] if path.is_file() else sorted(path.rglob("*"))) if f.suffix in kinds]
-    found = {kinds[f.suffix] for f in files}
+    kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    path = Path(s.data)
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [file for file in files if file.suffix in kinds]
+    found = {kinds[file.suffix] for file in files}
     try:
         if (path / "dataset_info.json").exists():
             rows = datasets.load_from_disk(s.data).to_iterable_dataset()
@@ -1116,18 +1138,18 @@ def load_documents(s):
             rows = datasets.load_dataset(*found, data_files=list(map(str, files)), split="train",
                                          streaming=True, **how)  # fmt: skip
         elif path.exists():
-            raise UserError(f"{path} must be or hold .txt, .jsonl or .parquet files, all of one kind")
+            raise UserError(f"{path} must be or hold .txt, .jsonl or .parquet files of one kind")
         else:
             rows = datasets.load_dataset(s.data, s.data_config, split="train", streaming=True)
     except OSError as error:
-        raise UserError(f"cannot load --data {s.data}, a file, folder or hub id: {error}") from error
+        raise UserError(f"cannot load --data {s.data}, a path or hub id: {error}") from error
     return rows.shuffle(seed=s.seed, buffer_size=10_000)
 
-# ---------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
 def evaluate(model, teacher, held_out: dict[str, list]) -> dict:
-    """{"kl", "kl_<kind>" of each kind, "perplexity" of the kind "text"} over {kind: [tokens, ...]}."""
+    """{"kl", "kl_<kind>" of each kind, "perplexity" of "text"} over {kind: [tokens, ...]}."""
     loss, count = 0.0, sum(tokens[:, 1:].numel() for tokens in held_out["text"])
     for tokens in held_out["text"]:
         tokens = tokens.to(model.device)
@@ -1136,15 +1158,16 @@ def evaluate(model, teacher, held_out: dict[str, list]) -> dict:
     return {**held_out_kl({"": model}, teacher, held_out)[""], "perplexity": math.exp(loss)}
 
 def recall_prompts(keys, values, pairs: int, count: int, draw):
-    """Prompts `k v k v ... q` [count, 2 pairs + 1] of distinct keys; answers [count, 1], q's values."""
+    """Prompts `k v k v ... q` [count, 2 pairs + 1], of distinct keys; answers [count, 1]."""
     k = keys[torch.rand(count, len(keys), generator=draw).argsort(1)[:, :pairs]]
     v = values[torch.randint(len(values), (count, pairs), generator=draw)]
     asked = torch.randint(pairs, (count, 1), generator=draw)
-    return torch.cat([torch.stack([k, v], -1).flatten(1), k.gather(1, asked)], 1), v.gather(1, asked)
+    prompts = torch.cat([torch.stack([k, v], -1).flatten(1), k.gather(1, asked)], 1)
+    return prompts, v.gather(1, asked)
 
 NEEDLE = "\nThe special magic number for {} is {}.\n"
 QUESTION = "\nWhat is the special magic number for {0}? The special magic number for {0} is"
-WORDS = "amber brave calm eager fancy gentle happy jolly kind lucky merry noble proud quiet swift wise"
+WORDS = "able bold calm eager fancy gentle happy jolly kind lucky merry noble proud quiet wise zany"
 
 def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, draw):
     """Recall as language: prompts [count, length] of filler [N] with `needles` sentences at random
@@ -1153,14 +1176,16 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
     bos, words, prompts, answers = tokenizer.encode("")[:1], WORDS.split(), [], []
     bos = [token for token in bos if token == tokenizer.bos_token_id]
     for _ in range(count):
-        names = [f"{words[i // 16]}-{words[i % 16]}" for i in torch.randperm(256, generator=draw)[:needles]]
+        drawn = torch.randperm(256, generator=draw)[:needles].tolist()
+        names = [f"{words[i // 16]}-{words[i % 16]}" for i in drawn]
         numbers = torch.randint(10_000, 100_000, (needles,), generator=draw).tolist()
         hidden = [encode(NEEDLE.format(*pair)) for pair in zip(names, numbers)]
         question = encode(QUESTION.format(names[0]))
         room = length - len(bos) - len(question) - sum(map(len, hidden))
         start = int(torch.randint(len(filler) - room, (1,), generator=draw))
-        text, places = filler[start : start + room].tolist(), torch.rand(needles, generator=draw) * room
-        for place, sentence in sorted(zip(places.long().tolist(), hidden), reverse=True):
+        text = filler[start : start + room].tolist()
+        places = torch.randint(room + 1, (needles,), generator=draw).tolist()
+        for place, sentence in sorted(zip(places, hidden), reverse=True):
             text[place:place] = sentence
         prompts.append(bos + text + question)
         answers.append(encode(f" {numbers[0]}"))
@@ -1168,7 +1193,7 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
 
 @torch.no_grad()
 def recall_accuracy(model, prompts, answers, batch: int = 32) -> float:
-    """The share of prompts [N, P] that the model, generating greedily, goes on with the answer [N, A]."""
+    """The share of prompts [N, P] that the model, written greedily, goes on with answer [N, A]."""
     right, A = 0, answers.shape[1]
     greedy = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1)
     for tokens, answer in zip(prompts.split(batch), answers.split(batch)):
@@ -1186,13 +1211,13 @@ def cache_bytes(model, length: int) -> int:
     states = [x.tensors if hasattr(x, "tensors") else (x.keys, x.values) for x in cache.layers]
     return sum(t.nbytes for state in states for t in state)
 
-# ---------------------------------------------------------------------------------------- the teacher
+# ------------------------------------------------------------------------------------ the teacher
 
 def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps=220):
     """A small Llama that recalls 32 pairs, trained in about a minute; `out`/teacher-KEY.
 
-    What makes recall appear so fast: Muon on the matrices, 4, 8, 16, then 32 pairs, and in every layer
-    alike a planted head that starts out looking at the token before.
+    What makes recall appear so fast: Muon on the matrices, 4, 8, 16, then 32 pairs, and in every
+    layer alike a planted head that starts out looking at the token before.
     """
     folder = Path(out) / f"teacher-{key([seed, steps, corpus.identity])}"
     if (folder / "config.json").exists():
@@ -1224,10 +1249,16 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
 
     matrices = [p for p in teacher.model.layers.parameters() if p.ndim == 2]
     others = [p for p in teacher.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-                  torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)]  # fmt: skip
-    train([teacher], optimizers, losses, batches, steps, checkpoint=Checkpoint(folder),
-          schedule=lambda step, steps: min(1, (step + 1) / 20, (steps - step) / (0.4 * steps)))  # fmt: skip
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+    def schedule(step, steps):
+        return min(1, (step + 1) / 20, (steps - step) / (0.4 * steps))
+
+    how = dict(schedule=schedule, checkpoint=Checkpoint(folder))
+    train([teacher], optimizers, losses, batches, steps, **how)
     teacher.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return teacher
@@ -1235,8 +1266,8 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
 def look_back(attn, inv_freq, sharpness: float = 20.0) -> None:
     """Biases that let the first head of `attn` start out attending to the token before.
 
-    RoPE turns a constant query and key into a score of their distance alone, sum_f c cos((distance - 1)
-    f) when the query's bias is the key's turned back by one position: largest at distance 1.
+    RoPE turns a constant query and key into a score of their distance alone; it is largest at
+    distance 1, sum_f c cos((distance - 1) f), if the query's bias is the key's turned back by one.
     """
     Dh = attn.head_dim
     w = torch.full_like(inv_freq, math.sqrt(sharpness * math.sqrt(Dh) / (Dh // 2)))
@@ -1251,18 +1282,18 @@ def load_teacher(s):
     try:
         kind = transformers.AutoConfig.from_pretrained(s.teacher, **code).model_type
         if kind not in known:
-            raise UserError(f"it is a {kind!r} model, and supported are {', '.join(known.values())}")
+            raise UserError(f"it is a {kind!r} model; supported are {', '.join(known.values())}")
         tokenizer = AutoTokenizer.from_pretrained(s.teacher, **code)
         teacher, info = AutoModelForCausalLM.from_pretrained(
             s.teacher, dtype=getattr(torch, dtype), output_loading_info=True, **code)  # fmt: skip
         if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise UserError(f"it lacks {len(wrong)} of its weights, such as {wrong[0]}")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"--teacher {s.teacher}, a folder or hub id with tokenizer, cannot be used: "
+        raise UserError(f"cannot use --teacher {s.teacher}, a folder or hub id with a tokenizer: "
                         f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
     return teacher.to(s.device).eval(), tokenizer
 
-# ------------------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------------------------- the run
 
 def key(parts) -> str:
     """Eight letters for all that a result depends on."""
@@ -1276,7 +1307,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     another K, baseline or later budget pays for itself alone.
     """
     out, L, b = Path(s.out), len(teacher.model.layers), s.budgets
-    base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), corpus.identity, s.seed, s.mixer]
+    base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), s.seed, s.mixer]
+    base.append(corpus.identity)
 
     def how(name, *after, keep=True):
         torch.manual_seed(s.seed)
@@ -1312,8 +1344,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     test = corpus.held_out("test", s.held_out, b["distill"].length)
     places = {"teacher": range(L), selection["name"]: sorted(selection["chosen"])}
     for name in s.baselines:
-        rule = () if name == "all-linear" else place_layers(name, L, s.softmax_layers, s.seed, s.teacher)
-        places.setdefault(name, rule)
+        rule = (name, L, s.softmax_layers, s.seed, s.teacher)
+        places.setdefault(name, () if name == "all-linear" else place_layers(*rule))
     rows = []
     for name, layers in places.items():
         after = [b["align"], list(layers), b["distill"]]
@@ -1322,15 +1354,16 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             model = teacher
             if name != "teacher":
                 model = restore_attention(student, teacher, layers)
-                distill_logits(model, teacher, batches["distill"], b["distill"].steps, b["distill"].lr,
-                               b["distill"].rest_lr, **how("distill", *after))  # fmt: skip
+                distill_logits(
+                    model, teacher, batches["distill"], b["distill"].steps, b["distill"].lr,
+                    b["distill"].rest_lr, **how("distill", *after))  # fmt: skip
                 finetune(model, batches["finetune"], b["finetune"].steps, b["finetune"].lr,
                          **how("finetune", *after, b["finetune"]))  # fmt: skip
             if name == selection["name"]:
                 model.save_pretrained(out / "student")
                 tokenizer.save_pretrained(out / "student")
-            row = {"softmax_layers": list(layers), **evaluate(model, teacher, test), **corpus.recall(model)}
-            row["cache_bytes"] = cache_bytes(model, b["finetune"].length)
+            row = {"softmax_layers": list(layers), **evaluate(model, teacher, test)}
+            row |= {**corpus.recall(model), "cache_bytes": cache_bytes(model, b["finetune"].length)}
             write(file, json.dumps(row))
         rows.append({"name": name, **json.loads(file.read_text())})
     report = {"teacher": s.teacher or "embedded", "machine": machine(s.device), "rows": rows}
@@ -1340,7 +1373,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     return report
 
 def recompute_activations(model) -> None:
-    """Gradient checkpointing of every decoder layer while it trains (renamed within transformers 5)."""
+    """Gradient checkpointing of every decoder layer in training (renamed within transformers 5)."""
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 def machine(device: str) -> str:
@@ -1348,7 +1381,7 @@ def machine(device: str) -> str:
     return f"{name}; torch {torch.__version__}, transformers {transformers.__version__}"
 
 def stage_rows(out) -> list[dict]:
-    """What every stage in the run folder used: steps, tokens, seconds, memory, first and last loss."""
+    """What every stage in the run folder used, and its first and last loss."""
     found = []
     for file in sorted(Path(out).glob("*/metrics.jsonl"), key=os.path.getmtime):
         rows = [row for row in map(json.loads, file.read_text().splitlines()) if "loss" in row]
@@ -1356,7 +1389,8 @@ def stage_rows(out) -> list[dict]:
         last = {what: rows[-1][what] for what in ("step", "micro_batch")}
         total["tokens_per_second"] = round(total["tokens"] / total["seconds"])
         peak, losses = max(row["peak_bytes"] for row in rows), [rows[0]["loss"], rows[-1]["loss"]]
-        found.append({"stage": file.parent.name, **last, **total, "peak_bytes": peak, "losses": losses})
+        what = {"stage": file.parent.name, **last, **total}
+        found.append({**what, "peak_bytes": peak, "losses": losses})
     return found
 
 def table(rows: list[dict]) -> str:
@@ -1366,32 +1400,37 @@ def table(rows: list[dict]) -> str:
             return ", ".join(f"{name}: {cell(v)}" for name, v in value.items())
         if isinstance(value, list):
             return " ".join(map(cell, value)) or "-"
-        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
+        if isinstance(value, float):
+            return f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+        return f"{value:,}" if isinstance(value, int) else value
+
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[cell(value) for value in row.values()] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 def markdown(report) -> str:
     """report.md: the rows, the stages, the curves of the selection."""
     parts = [f"# {report['teacher']}\n", table(report["rows"]),
-             "KL in nats and perplexity: test part. Every row but the teacher had the same stages 2 and 3. "
-             f"{report['machine']}.\n", table(report["stages"])]  # fmt: skip
+             "KL (nats) and perplexity: test part. Every row but the teacher had the same stages 2 "
+             f"and 3. {report['machine']}.\n", table(report["stages"])]  # fmt: skip
     for scored in report["selection"].get("rounds", []):
         curves = scored["curves"]
-        parts.append(f"Held-out KL of the candidates, by step, with layers {scored['kept']} kept:\n")
-        parts.append(table([{"layer": i, **{str(p["step"]): p["kl"] for p in curves[i]}} for i in best_layers(curves)]))
+        parts.append(f"Validation KL of the candidates by step, {scored['kept']} kept:\n")
+        by_step = {i: {str(point["step"]): point["kl"] for point in curves[i]} for i in curves}
+        parts.append(table([{"layer": i, **by_step[i]} for i in best_layers(curves)]))
     for kind, ranking in report["selection"].get("ranking_of_kind", {}).items():
         parts.append(f"Ranked on {kind} alone, best first: {ranking}\n")
     return "\n".join(parts)
 
 def plan(s, teacher) -> str:
     """What a run will train, by arithmetic."""
-    L, students, select = len(teacher.model.layers), 1 + len(s.baselines), 0 if s.placed else 1
-    rounds = s.softmax_layers if s.select == "greedy" else select
-    times = {"align": 1, "select": sum(L - i for i in range(rounds)), "distill": students, "finetune": students}
-    rows = [{"stage": n, "times": times[n], "steps": b.steps, **vars(b)} for n, b in s.budgets.items()]
-    memory = 18 * teacher.num_parameters() / 2**30
-    return (f"{s.teacher or 'embedded teacher'}: {L} layers, {s.softmax_layers} stay softmax; a student and "
-            f"its optimizer take {memory:.1f} GiB beside teacher and activations\n{table(rows)}")  # fmt: skip
+    L, students = len(teacher.model.layers), 1 + len(s.baselines)
+    rounds = 0 if s.placed else s.softmax_layers if s.select == "greedy" else 1
+    candidates, memory = sum(range(L - rounds + 1, L + 1)), 18 * teacher.num_parameters() / 2**30
+    times = dict(align=1, select=candidates, distill=students, finetune=students)
+    rows = [{"stage": stage, "times": times[stage], **vars(b)} for stage, b in s.budgets.items()]
+    return (f"{s.teacher or 'embedded teacher'}: {L} layers, {s.softmax_layers} stay softmax; a "
+            f"student with optimizer takes {memory:.1f} GiB beside activations\n{table(rows)}")
 
 @contextlib.contextmanager
 def locked(out):
@@ -1405,7 +1444,7 @@ def locked(out):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{out} is in use by another process: wait, or give another --out") from None
+            raise UserError(f"{out} is in use by another process: give another --out") from None
         yield
 
 def main(argv=None) -> int:
@@ -1430,7 +1469,7 @@ def main(argv=None) -> int:
                 corpus = TokenCorpus(load_tokens(s, tokenizer), held_out, s.seed, tokenizer)
             report = run(s, teacher, tokenizer, corpus)
         print(table(report["rows"]))
-        print(f"Softmax layers, best first: {report['selection']['chosen']}. {s.out}/report.md, {s.out}/student")
+        print(f"Softmax layers, best first: {report['selection']['chosen']}; see {s.out}/report.md")
         return 0
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from the last save in {s.out}", file=sys.stderr)
