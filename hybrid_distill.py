@@ -606,6 +606,9 @@ class Checkpoint:
         history = [json.loads(line) for line in text.splitlines()]
         if not self.keep and history and history[-1]["step"] == steps:
             return history
+        # A first guess at what a save takes: 12 bytes a parameter, 1 GB a second.
+        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        self.seconds = max(self.seconds, 10 * 12e-9 * count)
         # A save is complete when .metadata is there: it is written, fsynced and renamed last.
         saves = {int(f.parent.name[5:]): f.parent for f in self.folder.glob("step-*/.metadata")}
         step = max(saves, default=-1)
@@ -779,11 +782,13 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
     return curves
 
 def candidates_that_fit(student) -> int:
-    """As many as half of the GPU's free memory holds; the other half is for activations."""
-    if student.device.type != "cuda":
-        return len(student.model.layers)
-    size = 18 * sum(p.numel() for p in student.parameters())  # fp32 weight, gradient, two moments
-    return max(1, int(torch.cuda.mem_get_info(student.device)[0] / 2 / size))
+    """As many as half of the free memory holds; the other half is for activations."""
+    if student.device.type == "cuda":
+        free = torch.cuda.mem_get_info(student.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size = 18 * student.num_parameters()  # bytes: fp32 weight, gradient, two moments; a bf16 copy
+    return max(1, int(free / 2 / size))
 
 def best_layers(curves, evaluation=-1, kind="kl") -> list[int]:
     """The layers by held-out KL at an evaluation, lowest first."""
@@ -911,8 +916,8 @@ EMBEDDED = dict(  # the small teacher made here
     distill=Budget(245_760, 128, 32, 1e-3, 1e-4), finetune=Budget(81_920, 256, 16, 1e-4),
 )  # fmt: skip
 SMALL = dict(  # below 1B parameters: minutes on one GPU
-    align=Budget(10_000_000, 512, 96, 2e-3), select=Budget(163_840, 1024, 8, 5e-4, 5e-5),
-    distill=Budget(2_400_000, 1024, 8, 5e-4, 5e-5), finetune=Budget(400_000, 4096, 4, 2e-5),
+    align=Budget(10_000_000, 512, 96, 2e-3), select=Budget(196_608, 1024, 16, 5e-4, 5e-5),
+    distill=Budget(2_457_600, 1024, 16, 5e-4, 5e-5), finetune=Budget(400_000, 4096, 4, 2e-5),
 )  # fmt: skip
 PAPER = dict(  # larger ones: [1], stage 3 [2]
     align=Budget(10**8, 512, 96, 1e-3), select=Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
@@ -961,7 +966,7 @@ def resolve(s, teacher):
         values = {n: value for n, value in values.items() if value is not None}
         s.budgets[stage] = dataclasses.replace(default, **values)
     rows = "none" if large else "all-linear,uniform,centred,random"
-    rows += ",random-1,random-2,first,last" if s.teacher and not large else ""
+    rows += ",first,last,random-1,random-2" if s.teacher and not large else ""
     s.baselines = [name for name in (s.baselines or rows).split(",") if name != "none"]
     s.checkpointing = large if s.checkpointing is None else s.checkpointing
     if unknown := set(s.baselines) - {"all-linear", *RULES}:
