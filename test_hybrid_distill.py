@@ -275,3 +275,339 @@ def test_chunked_losses_match_the_plain_formulas(chunk):
 def test_alignment_loss_is_a_norm_not_its_square():
     y = torch.tensor([[[3.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
     assert float(hd.alignment_loss(torch.zeros(1, 2, 4), y)) == pytest.approx((5 + 0) / 2 / 2)
+
+# ----------------------------------------------------------------------------- stages, their recipe
+
+def stage(name, teacher, steps=3, **how):
+    """Run one stage on a fresh student -> (student, history)."""
+    student, batches = make_student(teacher), lambda step: tokens(4, 16, seed=step)
+    if name != "align":
+        student = hd.restore_attention(student, teacher, [1])
+    if name == "finetune":
+        return student, hd.finetune(student, batches, steps, **how)
+    stage = hd.align_hidden_states if name == "align" else hd.distill_logits
+    return student, stage(student, teacher, batches, steps, **how)
+
+STAGES = ("align", "distill", "finetune")
+
+def spy_on_train(monkeypatch):
+    """Every call of `train` from now on: (models, optimizers, batches, steps, named arguments)."""
+    calls, train = [], hd.train
+
+    def spy(models, optimizers, losses, batches, steps, **how):
+        groups = [{**group, "params": list(group["params"])}
+                  for optimizer in optimizers for group in optimizer.param_groups]
+        calls.append((models, optimizers, groups, batches, steps, how))
+        return train(models, optimizers, losses, batches, steps, **how)
+
+    monkeypatch.setattr(hd, "train", spy)
+    return calls
+
+@torch.no_grad()
+def test_stage_1_trains_the_mixers_alone_on_the_teachers_inputs():
+    teacher, x, y = make_teacher(), tokens(4, 16), {}
+    student = make_student(teacher, [2])
+    before, seen = weights(student), teacher.model(x, output_hidden_states=True).hidden_states
+    wanted = {}
+    for i in (0, 1, 3):
+        layer = teacher.model.layers[i]
+        hook = layer.self_attn.register_forward_hook(lambda *args: y.update(now=args[2][0]))
+        teacher(x)
+        hook.remove()
+        own = student.model.layers[i].self_attn(layer.input_layernorm(seen[i]))[0]
+        wanted[f"layer {i}"] = float((own - y["now"]).norm(dim=-1).mean() / 32**0.5)
+    with torch.enable_grad():
+        history = hd.align_hidden_states(student, teacher, [x] * 30, 30, 3e-3, warmup=5)
+    assert {name: history[0][name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    assert history[0]["loss"] == pytest.approx(sum(wanted.values()) / 3)
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    for name, p in student.named_parameters():
+        mixer = ".self_attn." in name and ".layers.2." not in name
+        assert torch.equal(p, before[name]) != mixer, name
+    with pytest.raises(hd.UserError, match="no linear layer"):
+        hd.align_hidden_states(hd.transfer_attention(teacher, range(4)), teacher, [x], 1)
+
+def test_stage_1_warms_up_then_falls_as_a_cosine():
+    _, history = stage("align", make_teacher(), 20, lr=1e-3, final_lr=1e-5, warmup=4)
+    cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / 16)) / 2 for t in range(16)]
+    rates = [2.5e-4, 5e-4, 7.5e-4, 1e-3, *cosine]
+    assert [row["lr"] for row in history] == pytest.approx(rates)
+    _, history = stage("align", make_teacher(), 20, lr=1e-3)  # the default: a tenth of all
+    assert [row["lr"] for row in history[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
+    _, history = stage("distill", make_teacher(), 3, lr=1e-3)
+    assert [row["lr"] for row in history] == [1e-3] * 3
+
+def test_stages_2_and_3_begin_at_the_plain_formulas_and_descend():
+    teacher, x = make_teacher(), tokens(4, 16, seed=0)
+    student = hd.restore_attention(make_student(teacher), teacher, [1])
+    assert list(hd.mixers(student)) == [0, 2, 3]
+    logits = student(x).logits.detach()
+    log_p_s, log_p_t = logits.log_softmax(-1), teacher(x).logits.detach().log_softmax(-1)
+    kl = float((log_p_t.exp() * (log_p_t - log_p_s)).sum(-1).mean())
+    ce = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
+    history = hd.distill_logits(student, teacher, [x] * 30, 30, 3e-3, 1e-3)
+    assert history[0]["kl"] == pytest.approx(kl, rel=1e-5) and history[-1]["kl"] < 0.5 * kl
+    _, history = stage("finetune", teacher, 2, lr=1e-3)
+    assert history[0]["ce"] == pytest.approx(ce, rel=1e-5)
+
+def test_every_stage_has_the_optimizer_of_the_paper(monkeypatch):
+    calls, teacher = spy_on_train(monkeypatch), make_teacher("qwen3")
+    before = weights(teacher)
+    stage("align", teacher, lr=1e-3)
+    stage("distill", teacher, lr=1e-4, rest_lr=7e-6)
+    stage("finetune", teacher, lr=1e-5)
+    student, batches = make_student(teacher), lambda step: tokens(2, 12, seed=step)
+    hd.select_layers(student, teacher, batches, {"text": [batches(9)]}, 1, 1, lr=1e-4, rest_lr=7e-6)
+    assert equal(weights(teacher), before) and all(p.grad is None for p in teacher.parameters())
+    for (models, optimizers, groups, *_), rates in zip(
+        calls, ((1e-3, None), (1e-4, 7e-6), (1e-5, 1e-5), (1e-4, 7e-6))
+    ):
+        names = {id(p): n for model in models for n, p in model.named_parameters()}
+        assert [type(o) for o in optimizers] == [torch.optim.AdamW]
+        found = [id(p) for group in groups for p in group["params"]]
+        assert sorted(found) == sorted(names)
+        for group in groups:
+            assert group["betas"] == (0.9, 0.95)
+            for name, p in ((names[id(p)], p) for p in group["params"]):
+                attention = rates[1] is None or ".self_attn." in name
+                assert group["lr"] == rates[0 if attention else 1], name
+                assert group["weight_decay"] == (0.01 if p.ndim == 2 else 0.0), name
+    frozen = hd.parameter_groups(student, 1e-4, 0.0)
+    assert sum(len(group["params"]) for group in frozen) == sum(
+        ".self_attn." in name for name, _ in student.named_parameters())
+    assert not student.model.embed_tokens.weight.requires_grad
+
+def test_each_model_is_clipped_to_norm_1_for_itself():
+    models = [torch.nn.Linear(3, 1, bias=False) for _ in range(3)]
+    before = [model.weight.detach().clone() for model in models]
+
+    def losses(batch):
+        for scale, model in zip((100.0, 5.0, 0.1), models):
+            yield str(scale), scale * model.weight[0, 0], 1.0
+
+    sgd = torch.optim.SGD([p for model in models for p in model.parameters()], lr=1.0)
+    (row,) = hd.train(models, [sgd], losses, [tokens(2, 3)], 1)
+    steps = [float((model.weight - w).norm()) for model, w in zip(models, before)]
+    assert steps == pytest.approx([1, 1, 0.1], rel=1e-4) and row["gradient_norm"] == 100
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_bf16_student_trains_in_fp32_and_comes_back(name):
+    teacher = make_teacher("qwen3").bfloat16()
+    student, history = stage(name, teacher, 30, lr=1e-5)
+    moved = student.model.layers[0].self_attn.o_norm.weight  # a step of 1e-5 is lost in bf16
+    student, history = stage(name, teacher, 120, lr=1e-4)
+    start = hd.GatedDeltaNet.from_attention(teacher.model.layers[0].self_attn).o_norm.weight
+    assert moved.dtype == torch.bfloat16
+    assert (student.model.layers[0].self_attn.o_norm.weight - start).abs().max() > 4e-3
+    for pname, p in student.named_parameters():
+        wanted = torch.float32 if pname.endswith(("A_log", "dt_bias")) else torch.bfloat16
+        assert p.dtype == wanted and p.grad is None, pname
+    assert student.generate(tokens(1, 9), max_new_tokens=3, **GREEDY).shape == (1, 12)
+    assert torch.isfinite(student(tokens(1, 9)).logits).all() and not student.training
+
+def test_fp16_is_refused():
+    with pytest.raises(hd.UserError, match="float16"):
+        stage("distill", make_teacher().half())
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(monkeypatch):
+    forward, calls, gradients = hd.GatedDeltaNet.forward, [], []
+    counted = lambda self, *args, **how: calls.append(0) or forward(self, *args, **how)
+    monkeypatch.setattr(hd.GatedDeltaNet, "forward", counted)
+    for recompute in (False, True):
+        student, x = make_student(make_teacher()).train(), tokens(2, 20)
+        if recompute:
+            student.gradient_checkpointing_enable()
+        student(x, labels=x, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    assert equal(*gradients) and len(calls) == 4 + 8
+
+# -------------------------------------------------------------------------------------- training
+
+@pytest.mark.parametrize("name", STAGES)
+def test_micro_batches_and_a_full_memory_change_nothing(name, monkeypatch, capsys):
+    def trained(**how):
+        return stage(name, make_teacher(), lr=1e-3, **how)[0]
+
+    whole, parts, last = trained(), trained(micro_batch=3), hd.last_hidden
+    for (n, a), b in zip(whole.named_parameters(), parts.parameters()):  # 3 + 1: uneven parts
+        same(a, b, 1e-3)
+
+    def full(model, rows):
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("no")
+        return last(model, rows)
+
+    pairs = trained(micro_batch=2)
+    capsys.readouterr()
+    monkeypatch.setattr(hd, "last_hidden", full)
+    halved, history = stage(name, make_teacher(), lr=1e-3)
+    assert equal(weights(halved), weights(pairs)) and history[-1]["micro_batch"] == 2
+    assert capsys.readouterr().err.count("out of GPU memory: 2 sequences at a time") == 1
+
+def toy(seed=0):
+    """A model with dropout, and Muon on its matrices beside AdamW on its biases."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
+    matrices = [p for p in net.parameters() if p.ndim == 2]
+    biases = [p for p in net.parameters() if p.ndim == 1]
+    optimizers = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(biases, lr=0.01)]
+    return net, optimizers, lambda x: iter([("square", net(x.float()).square().mean(), 1.0)])
+
+def test_stopped_three_times_it_ends_with_the_same_weights(tmp_path):
+    batches, how = lambda step: tokens(4, 6, seed=step) % 5, dict(schedule=hd.cosine(0.1, 3))
+    net, optimizers, losses = toy()
+    history = hd.train([net], optimizers, losses, batches, 12, **how)
+    for until in (3, 4, 9, None):
+        again, optimizers, losses = toy()
+        torch.manual_seed(99 if until != 3 else 0)
+        toy() if until == 3 else None  # the random state of the calm run
+        resumed = hd.train([again], optimizers, losses, batches, 12, until=until,
+                           checkpoint=hd.Checkpoint(tmp_path / "stage"), **how)
+    assert equal(weights(net), weights(again))
+    for row, other in zip(history, resumed, strict=True):
+        for clock in ("seconds", "peak_bytes"):
+            del row[clock], other[clock]
+        assert row == other
+    state = torch.get_rng_state()  # and a finished stage is loaded, not trained
+    finished, optimizers, _ = toy(1)
+    hd.train([finished], optimizers, None, None, 12, checkpoint=hd.Checkpoint(tmp_path / "stage"))
+    assert equal(weights(net), weights(finished))
+    assert [f.name for f in (tmp_path / "stage").glob("step-*")] == ["step-12"]
+
+def test_an_unfinished_save_is_not_read(tmp_path):
+    batches = lambda step: tokens(4, 6, seed=step) % 5
+    net, optimizers, losses = toy()
+    how = dict(until=2, checkpoint=hd.Checkpoint(tmp_path / "stage"))
+    hd.train([net], optimizers, losses, batches, 4, **how)
+    (tmp_path / "stage" / "step-3").mkdir()  # killed while it saved: rows are there, no .metadata
+    with open(tmp_path / "stage" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 3, "loss": 0.0, "micro_batch": 4}) + "\n")
+    again, optimizers, losses = toy(5)
+    history = hd.train([again], optimizers, losses, batches, 4, **how)
+    assert [row["step"] for row in history] == [1, 2] and equal(weights(net), weights(again))
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(tmp_path):
+    model, seen = torch.nn.Linear(2, 1), []
+
+    def losses(batch):
+        seen.append(weights(model))
+        yield "bad", (model(torch.ones(2)) * (math.nan if batch[0, 0] == 9 else 1.0)).sum(), 1.0
+
+    batches = [tokens(1, 1), tokens(1, 1), torch.tensor([[9]]), tokens(1, 1)]
+    how = dict(checkpoint=hd.Checkpoint(tmp_path / "toy", seconds=1000))
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="^toy: bad became nan at step 3 of 4[^\n]*rate$"):
+        hd.train([model], [adamw], losses, batches, 4, **how)
+    good = weights(model)
+    assert equal(good, seen[2]) and not equal(good, seen[1]) and model.weight.grad is None
+    torch.nn.init.zeros_(model.weight)
+    with pytest.raises(FloatingPointError):
+        hd.train([model], [torch.optim.AdamW(model.parameters())], losses, batches, 4, **how)
+    assert equal(good, weights(model)) and len(seen) == 4  # it went on at step 3
+
+# -------------------------------------------------------------------------------------- selection
+
+def planted(layers):
+    """A teacher with W_o = 0 but in `layers`: only there linear attention is not exact."""
+    teacher = make_teacher()
+    for i, layer in enumerate(teacher.model.layers):
+        if i not in layers:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    return teacher
+
+HELD_OUT = {"text": [tokens(8, 16, seed=99)]}
+
+def score(teacher, how=hd.score_layers, kept=(), **options):
+    """Scores of a fresh student: curves, or a Selection."""
+    student, batches = make_student(teacher), lambda step: tokens(4, 16, seed=step)
+    before = weights(student)
+    args = (2,) if how is hd.select_layers else ({i: [*kept, i] for i in range(4)},)
+    if how is hd.select_layers:
+        args = student, teacher, batches, HELD_OUT, *args, 4
+    else:
+        args = student, teacher, batches, HELD_OUT, *args, options.pop("steps", 4)
+    found = how(*args, evaluate_every=1, **options)
+    assert equal(before, weights(student))  # the candidates were copies
+    return found
+
+@pytest.mark.parametrize("strategy", ["ga-s2", "greedy"])
+def test_selection_finds_planted_layers(strategy):
+    found = score(planted([1, 3]), hd.select_layers, strategy=strategy)
+    assert set(found.chosen) == {1, 3} == set(found.ranking[:2])
+    assert sorted(found.ranking) == [0, 1, 2, 3]
+    assert [point["step"] for point in found.rounds[0]["curves"][0]] == [0, 1, 2, 3, 4]
+    kept = [scored["kept"] for scored in found.rounds]
+    assert kept == ([[]] if strategy == "ga-s2" else [[], found.chosen[:1]])
+    for i, curve in found.rounds[-1]["curves"].items():
+        assert found.importance[i] == -curve[-1]["kl"]
+
+def test_candidates_in_groups_and_in_turn_score_as_all_at_once(tmp_path):
+    teacher = planted([1])
+    scores = [score(teacher, at_once=n, lr=1e-3, rest_lr=1e-4) for n in (4, 3, 1)]
+    assert scores[0] == scores[1] == scores[2] and list(scores[0]) == [0, 1, 2, 3]
+    student = make_student(teacher)
+    hybrid = hd.restore_attention(student, teacher, [2])
+    kl = hd.evaluate(hybrid, teacher, HELD_OUT)["kl"]
+    assert scores[0][2][0] == {"step": 0, "kl": pytest.approx(kl), "kl_text": pytest.approx(kl)}
+    early = score(teacher, at_once=2, lr=1e-3, rest_lr=1e-4, early_stop=2,
+                  checkpoint=lambda group: hd.Checkpoint(tmp_path / group, keep=False))
+    assert early == {i: curve[:3] for i, curve in scores[0].items()}  # settled at step 2 of 4
+    with pytest.raises(hd.UserError, match="give a checkpoint"):
+        score(teacher, early_stop=2)
+
+def test_what_has_settled():
+    curve = lambda *kls: [{"step": i, "kl": kl} for i, kl in enumerate(kls)]
+    curves = {0: curve(1, 1, 3, 3), 1: curve(2, 2, 2, 2), 2: curve(9, 9, 9, 9)}
+    assert hd.settled(curves, 2, 1) and not hd.settled(curves, 3, 1) and hd.settled(curves, 3, 2)
+    assert not hd.settled({i: points[:3] for i, points in curves.items()}, 2, 1)
+    assert not hd.settled({i: points[:1] for i, points in curves.items()}, 1, 1)
+
+def test_held_out_kl_is_without_dropout_and_a_mean_over_tokens():
+    teacher = make_teacher()
+    hybrid = make_student(teacher, [1]).train()
+    hybrid.model.layers[1].self_attn.attention_dropout = 0.5
+    held_out = {"text": [tokens(1, 9), tokens(3, 30)], "recall": [tokens(2, 20, seed=5)]}
+    first, again = (hd.held_out_kl({"": hybrid}, teacher, held_out)[""] for _ in range(2))
+    assert first == again and hybrid.training
+    hybrid.eval()
+    sums, ce = {}, 0.0
+    for kind, batches in held_out.items():
+        for x in batches:
+            log_p_s, log_p_t = (m(x).logits.detach().log_softmax(-1) for m in (hybrid, teacher))
+            sums[kind] = sums.get(kind, 0) + float((log_p_t.exp() * (log_p_t - log_p_s)).sum())
+            if kind == "text":
+                ce -= float(log_p_s[:, :-1].gather(-1, x[:, 1:, None]).sum())
+    wanted = {"kl": sum(sums.values()) / 139, "kl_text": sums["text"] / 99,
+              "kl_recall": sums["recall"] / 40, "perplexity": math.exp(ce / 95)}
+    assert hd.evaluate(hybrid, teacher, held_out) == pytest.approx(wanted, rel=1e-4)
+
+def test_rules_and_published_selections():
+    place = hd.place_layers
+    assert place("uniform", 28, 7) == [3, 7, 11, 15, 19, 23, 27]
+    assert place("uniform", 28, 4) == [6, 13, 20, 27] and place("centred", 6, 1) == [3]
+    assert place("centred", 28, 4) == [3, 10, 17, 24]
+    assert place("first", 6, 2) == [0, 1] and place("last", 6, 2) == [4, 5]
+    draws = [place(f"random{n}", 28, 7, seed) for seed in (0, 1) for n in ("", "-1", "-2")]
+    assert len(set(map(tuple, draws))) == 6 and draws[0] == place("random", 28, 7, 0)
+    assert place("published", 28, 7, 0, "meta/Llama-3.2-3B-Instruct/") == [14, 8, 5, 12, 15, 13, 2]
+    paper = {"Qwen2.5-3B-Instruct": "20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13",
+             "Llama-3.2-3B-Instruct": "14 8 5 12 15 13 2 26 24 16 17 18 21 10",
+             "Qwen2.5-1.5B-Instruct": "14 19 20 23 24 26 27 8 12",
+             "Qwen2.5-7B-Instruct": "14 22 16 17 5 23 26 8 15"}
+    assert hd.PUBLISHED == {name: [int(i) for i in text.split()] for name, text in paper.items()}
+    teacher = make_teacher()
+    student = make_student(teacher)
+    select = lambda *args: hd.select_layers(student, teacher, [], HELD_OUT, *args)
+    for call, sentence in (
+        (lambda: place("published", 28, 3, 0, "Qwen2.5-7B-Instruct"), "no selection of 3 layers"),
+        (lambda: place("published", 6, 1, 0, "mine"), "published for 'mine'"),
+        (lambda: place("uniform", 6, 7), "within 0..6"),
+        (lambda: place("odd", 6, 1), "placed by uniform"),
+        (lambda: select(5, 1), "within 1..4, not 5"),
+        (lambda: select(0, 1), "within 1..4, not 0"),
+        (lambda: select(1, 1, "best"), "'ga-s2' or 'greedy'"),
+        (lambda: hd.select_layers(make_student(teacher, [1]), teacher, [], HELD_OUT, 1, 1),
+         "without softmax layers"),
+    ):
+        with pytest.raises(hd.UserError, match=sentence):
+            call()
