@@ -338,7 +338,7 @@ def test_stage_1_warms_up_then_falls_as_a_cosine():
     assert [row["lr"] for row in history] == pytest.approx(rates)
     _, history = stage("align", make_teacher(), 20, lr=1e-3)  # the default: a tenth of all
     assert [row["lr"] for row in history[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
-    _, history = stage("distill", make_teacher(), 3, lr=1e-3)
+    _, history = stage("distill", make_teacher(), 3, lr=1e-3, rest_lr=1e-3)
     assert [row["lr"] for row in history] == [1e-3] * 3
 
 def test_stages_2_and_3_begin_at_the_plain_formulas_and_descend():
@@ -690,7 +690,8 @@ def test_a_run_gives_every_row_the_same_training(family, tmp_path, monkeypatch):
     ids = torch.from_numpy(np.load(tmp_path / "ids.npy"))
     assert torch.equal(torch.cat(parts[0]["text"]).flatten(), ids[:1280])  # validation, not test
     stages = [call for call in calls if len(call[0]) == 1][1:]  # without stage 1
-    assert [call[4] for call in stages] == [2, 1] * 3
+    assert len(stages) >= 4  # 6, but a baseline that is the selection's own set trains once
+    assert [call[4] for call in stages] == [2, 1] * (len(stages) // 2)
     for first, later in zip(stages[:2] * 2, stages[2:]):
         assert all(torch.equal(first[3](i), later[3](i)) for i in range(3))
     calls.clear()  # another K, baseline and rate: neither stage 1 nor the selection trains again
