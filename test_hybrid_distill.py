@@ -663,13 +663,15 @@ def test_every_kind_of_data_gives_the_same_documents(kind, tmp_path):
 
 def test_parts_are_disjoint_and_batches_a_function_of_the_step():
     corpus = hd.TokenCorpus(np.arange(1000), 96, 0)
-    parts = {part: torch.cat(corpus.held_out(part, 99, 16)["text"]) for part in ("validation", "test")}
+    parts = {part: torch.cat(corpus.held_out(part, 99, 16)["text"])
+             for part in ("validation", "test")}
     budget = hd.Budget(1600, 16, 2, 1e-3)
     batches = corpus.batches("distill", budget)
     seen = [set(torch.cat([batches(i) for i in range(25)]).flatten().tolist())]
     seen += [set(part.flatten().tolist()) for part in parts.values()]
     assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
-    assert torch.equal(batches(7), hd.TokenCorpus(np.arange(1000), 96, 0).batches("distill", budget)(7))
+    again = hd.TokenCorpus(np.arange(1000), 96, 0).batches("distill", budget)
+    assert torch.equal(batches(7), again(7))
     assert not torch.equal(batches(0), corpus.batches("align", budget)(0))
     with pytest.raises(hd.UserError, match="the data have 200 tokens; distill needs 16"):
         hd.TokenCorpus(np.arange(200), 96, 0).batches("distill", budget)
@@ -684,7 +686,8 @@ def test_a_run_gives_every_row_the_same_training(family, tmp_path, monkeypatch):
                         or select(s, t, b, held, *a, **how))
     assert hd.main(arguments(tmp_path)) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["teacher", "kl-guided", "all-linear", "first"]
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["teacher", "kl-guided", "all-linear", "first"]
     keys = {"name", "softmax_layers", "kl", "kl_text", "perplexity", "recall", "cache_bytes"}
     assert all(keys <= set(row) for row in report["rows"]) and report["rows"][0]["kl"] == 0
     ids = torch.from_numpy(np.load(tmp_path / "ids.npy"))
@@ -723,7 +726,8 @@ def test_a_student_on_the_hub_loads(saved_student, tmp_path):
             "a, b = (A.from_pretrained(name, trust_remote_code=True)(x).logits "
             f"for name in ('someone/student', {str(saved_student)!r}))\nassert torch.equal(a, b)")
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path):
