@@ -330,7 +330,7 @@ def mixers(model) -> dict[int, nn.Module]:
     return {i: x.self_attn for i, x in enumerate(model.model.layers) if i not in softmax}
 
 def autocast(model):
-    """Products in the teacher's dtype: trained weights are fp32 while they train."""
+    """Products in the dtype of the config, the teacher's: trained weights are fp32 in training."""
     half, dtype = model.config.dtype in (torch.bfloat16, torch.float16), model.config.dtype
     return torch.autocast(model.device.type, dtype) if half else contextlib.nullcontext()
 
@@ -448,7 +448,7 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
     student.__class__ = HYBRIDS[type(teacher)]  # it differs from the stock class in methods alone
     student.config.__class__ = student.config_class
     student.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
-    student.config.mixer = mixer
+    student.config.mixer, student.config.dtype = mixer, teacher.dtype
     swap_attention(student)
     return student
 
@@ -517,7 +517,8 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            row |= {"step": step + 1, "lr": peaks[0][0]["lr"], "tokens": tokens.numel()}
+            row |= {"step": step + 1, "lr": max(group["lr"] for group, _ in peaks)}
+            row["tokens"] = tokens.numel()
             row |= {"micro_batch": micro_batch, "seconds": time.monotonic() - clock}
             cuda = torch.cuda.is_available()
             row["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else 0
@@ -675,7 +676,7 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
         seen = attention_io(teacher, tokens, [int(i) for i in training])
         for i, mixer in training.items():
             x, y = seen.pop(int(i))
-            with autocast(teacher):
+            with autocast(student):
                 y_student, _ = mixer(x)
             yield f"layer {i}", alignment_loss(y_student, y), 1 / len(training)
 
@@ -1112,6 +1113,8 @@ def load_tokens(s, tokenizer):
                 raise UserError(f"{s.data} has no column {s.text_column!r}; name one of "
                                 f"{', '.join(rows)} with --text-column")  # fmt: skip
             texts = [text for text in rows[s.text_column] if text]
+            if s.chat and any(not isinstance(text, list) for text in texts):
+                raise UserError(f"--chat needs lists of messages in {s.text_column!r} of {s.data}")
             if s.chat:
                 texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
             special = dict(add_special_tokens=not s.chat)  # a chat template writes its own
