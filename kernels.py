@@ -36,6 +36,7 @@ One N serves both directions; as V~ is kept, not U~, dbeta is a product, and bet
 import functools
 import importlib.machinery
 import importlib.util
+import inspect
 import itertools
 import os
 import sys
@@ -573,7 +574,8 @@ def tiles(H, HV, Dk, Dv, dtype, generation):
     by_chunk = dict(H=H, HV=HV, DK=Dk, C=chunk_length(Dk, dtype), BK=BK, num_warps=4)
     by_sequence = {**by_chunk, "DV": Dv, "BV": min(BV, 32 if narrow or BK <= 64 else 16)}
     by_block = {**by_chunk, "DV": Dv, "BV": BV if narrow and BK <= 128 else min(BV, 32)}
-    by_block |= dict(num_stages=1, num_warps=8 if narrow and BK == 128 else 4)
+    wide = BK == 128 or generation < 9  # 8 warps, or the registers spill
+    by_block |= dict(num_stages=1, num_warps=8 if narrow and wide else 4)
     if narrow and BK <= 128 and generation >= 9:
         by_chunk["maxnreg"] = 168  # three programs share a multiprocessor, not two
     return by_chunk, {**by_sequence, "num_stages": 2}, by_block
@@ -926,14 +928,12 @@ def benchmark(device):
         sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
         rules["SDPA"] = lambda *x: sdpa(*(y.transpose(1, 2) for y in x[:3]))[None]
     try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla
-        rules |= {"FLA": functools.partial(fla, **norm)} if cuda else {}
-    except ImportError:
-        pass
-    try:
-        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
-        fallback = functools.partial(torch_chunk_gated_delta_rule.__wrapped__, **norm)
-        rules |= {} if cuda else {"transformers": fallback}
+        if cuda:
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as other
+        else:
+            from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+            other = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
+        rules["FLA" if cuda else "transformers"] = functools.partial(other, **norm)
     except ImportError:
         pass
     print(f"\n{'milliseconds':26} {'rule':12} {'forward':>9} {'+ backward':>10} {'/ ours':>7}")
