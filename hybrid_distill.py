@@ -59,6 +59,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 try:  # in a saved student this file is a module of a package, with kernels.py beside it
     from .kernels import chunk_gated_delta_rule, decode_gated_delta_rule
@@ -908,9 +909,9 @@ class Budget:
     rest_lr: float = 0.0
 
     def __post_init__(self):
-        self.steps = max(1, self.tokens // (self.batch * self.length))
         if min(self.tokens, self.batch, self.length - 7) < 1:
             raise UserError(f"a stage needs tokens, a batch and a length of at least 8, not {self}")
+        self.steps = max(1, self.tokens // (self.batch * self.length))
 
 EMBEDDED = dict(  # the small teacher made here
     align=Budget(614_400, 128, 32, 3e-3), select=Budget(81_920, 128, 32, 1e-3, 1e-4),
@@ -994,10 +995,12 @@ def seeded(*name) -> torch.Generator:
 
 def byte_tokenizer():
     """<pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3; it needs no files."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"<0x{b:02X}>": b + 3 for b in range(256)}
-    bpe = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
-    backend, to = tokenizers.Tokenizer(bpe), tokenizers.decoders
-    backend.decoder = to.Sequence([to.ByteFallback(), to.Fuse()])
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    vocabulary |= {character: b + 3 for b, character in bytes_to_unicode().items()}
+    to = tokenizers
+    backend = to.Tokenizer(to.models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.pre_tokenizer = to.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = to.decoders.ByteLevel()
     special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
@@ -1107,8 +1110,9 @@ def load_tokens(s, tokenizer):
     if s.chat and not tokenizer.chat_template:
         raise UserError(f"--chat needs a chat template, and the tokenizer of {s.teacher} has none")
     if not file.exists():
+        documents = load_documents(s).iter(256)
         bar = tqdm(total=need, desc="tokenise", unit="token", unit_scale=True)
-        for rows in load_documents(s).iter(256):
+        for rows in documents:
             if s.text_column not in rows:
                 raise UserError(f"{s.data} has no column {s.text_column!r}; name one of "
                                 f"{', '.join(rows)} with --text-column")  # fmt: skip
@@ -1150,7 +1154,8 @@ def load_documents(s):
         else:
             rows = datasets.load_dataset(s.data, s.data_config, split="train", streaming=True)
     except OSError as error:
-        raise UserError(f"cannot load --data {s.data}, a path or hub id: {error}") from error
+        why = str(error).splitlines()[0]
+        raise UserError(f"cannot load --data {s.data}, a path or hub id: {why}") from error
     return rows.shuffle(seed=s.seed, buffer_size=10_000)
 
 # ------------------------------------------------------------------------------------- evaluation

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
+
 import numpy as np
 import pytest
 import torch
@@ -483,12 +485,12 @@ def test_the_decay_of_a_bf16_model_is_computed_in_fp32():
     assert torch.equal(seen[0][3], wanted)
 
 @torch.no_grad()
-def test_padding_leaves_the_state_alone():
+def test_padding_leaves_the_mixers_state_alone():
     m, x = make_student(make_teacher()).model.layers[0].self_attn, torch.randn(2, 9, 32)
     mask, caches = torch.ones(2, 9), [DynamicCache(), DynamicCache()]
     mask[:, 6:] = 0
-    m(x, padding_mask=mask, **{CACHE: caches}[0])
-    m(x[:, :6], **{CACHE: caches}[1])
+    m(x, padding_mask=mask, **{CACHE: caches[0]})
+    m(x[:, :6], **{CACHE: caches[1]})
     same(*(hd.recurrent_state(cache, 0).tensors[0] for cache in caches))
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -554,7 +556,7 @@ def test_caches_that_cannot_work_say_so(monkeypatch):
     with pytest.raises(NotImplementedError, match="cannot be rolled back"):
         cache_of(student(x, use_cache=True)).crop(-2)
     with pytest.raises(hd.UserError, match="another model"):
-        student(x, **{CACHE: cache_of}(make_teacher()(x, use_cache=True)))
+        student(x, **{CACHE: cache_of(make_teacher()(x, use_cache=True))})
     with pytest.raises(hd.UserError, match=r"\[batch, tokens\]"):
         student(x, attention_mask=torch.ones(1, 1, 6, 6))
     forward = hd.GatedDeltaNet.forward
@@ -1016,7 +1018,7 @@ def test_parts_are_disjoint_and_batches_a_function_of_the_step():
     again = hd.TokenCorpus(np.arange(1000), 96, 0).batches("distill", budget)
     assert torch.equal(batches(7), again(7))
     assert not torch.equal(batches(0), corpus.batches("align", budget)(0))
-    with pytest.raises(hd.UserError, match="the train part has 8 tokens, too few for a sequence of 16"):
+    with pytest.raises(hd.UserError, match="train part has 8 tokens, too few for a sequence of 16"):
         hd.TokenCorpus(np.arange(200), 96, 0).batches("distill", budget)
 
 # ------------------------------------------------------------------------------------ a whole run
@@ -1181,7 +1183,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 WRONG = [
     (["--softmax-layers", "5"], "--softmax-layers must be within 1..4"),
     (["--select", "best"], "--select must be ga-s2, greedy, uniform"),
-    (["--select", "1,9"], r"softmax layers must be distinct and within 0..3"),
+    (["--select", "9"], "softmax layers must be distinct and within 0..3"),
     (["--select", "published"], "no selection of 1 layers is published for 'teacher'"),
     (["--select", "1,2"], "as many as --select lists"),
     (["--baselines", "middle"], "--baselines knows all-linear, uniform"),
@@ -1195,12 +1197,11 @@ WRONG = [
 
 @pytest.mark.parametrize("more,sentence", WRONG, ids=lambda value: str(value)[:24])
 def test_wrong_input_gets_one_sentence(more, sentence, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     save_teacher(tmp_path / "teacher")
     assert hd.main(arguments(tmp_path, *more)) == 1
     error = capsys.readouterr().err.strip().split("error: ")[-1]
-    assert re.search(re.escape(sentence) if "(" not in sentence else sentence, error), error
+    assert sentence in error, error
     assert "\n" not in error
 
 def test_a_bug_in_a_mixer_keeps_its_traceback(tmp_path, monkeypatch):
