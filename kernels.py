@@ -174,7 +174,7 @@ def torch_chunk_gated_delta_rule(
 ):  # fmt: skip
     """recurrent_gated_delta_rule in chunks, with the same arguments and returns: any device,
     differentiable once. To copy it out take ChunkedTorch and l2norm along."""
-    (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
+    (B, T, _, Dk), (HV, Dv) = q.shape, v.shape[2:]
     dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
     C = min(64 if max(Dk, Dv) > 32 else 32, T)  # measured: small heads like small chunks
 
