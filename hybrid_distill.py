@@ -1136,7 +1136,10 @@ def load_tokens(s, tokenizer):
 
 def load_documents(s):
     """The rows of --data as a streamed, shuffled `datasets` dataset."""
-    import datasets
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--data other than .npy needs the package datasets") from None
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     path = Path(s.data)
     files = [path] if path.is_file() else sorted(path.rglob("*"))
