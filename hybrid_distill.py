@@ -1230,14 +1230,14 @@ def cache_bytes(model, length: int) -> int:
 # ------------------------------------------------------------------------------------ the teacher
 
 def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps=220):
-    """A small Llama that recalls 32 pairs, trained in about a minute; `out`/teacher-KEY.
+    """A small Llama that recalls 32 pairs, trained in about a minute; in `out`/teacher-KEY/model.
 
     What makes recall appear so fast: Muon on the matrices, 4, 8, 16, then 32 pairs, and in every
     layer alike a planted head that starts out looking at the token before.
     """
     folder = Path(out) / f"teacher-{key([seed, steps, corpus.identity])}"
-    if (folder / "config.json").exists():
-        return LlamaForCausalLM.from_pretrained(folder).to(device).eval()
+    if (folder / "model").exists():
+        return LlamaForCausalLM.from_pretrained(folder / "model").to(device).eval()
     torch.manual_seed(seed)
     teacher = LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=6, head_dim=32,
@@ -1275,8 +1275,9 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
 
     how = dict(schedule=schedule, checkpoint=Checkpoint(folder))
     train([teacher], optimizers, losses, batches, steps, **how)
-    teacher.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    teacher.save_pretrained(folder / "new")
+    byte_tokenizer().save_pretrained(folder / "new")
+    os.replace(folder / "new", folder / "model")
     return teacher
 
 def look_back(attn, inv_freq, sharpness: float = 20.0) -> None:
