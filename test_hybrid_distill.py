@@ -382,10 +382,14 @@ def spilled_bytes(cubin):
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
-def most_spills(heads, dtype):
-    """Bytes a thread may spill. fp32 products, not in tensor cores, fill the registers."""
-    most = {64: 300, 100: 1400, 128: 2100, 256: 1100}[max(heads)]  # most of it on Ampere
-    return 8000 if dtype == torch.float32 else most
+def most_spills(heads, capability, dtype):
+    """Bytes a thread may spill. fp32 products, not in tensor cores, fill the registers; on Ampere
+    the tiles, chosen on Hopper, are too large from d = 100 on."""
+    if dtype == torch.float32:
+        return 8000
+    if capability < 90:
+        return {64: 240, 100: 2300, 128: 2100, 256: 4700}[max(heads)]
+    return {64: 220, 100: 640, 128: 140, 256: 950}[max(heads)]
 
 @pytest.mark.parametrize("heads,capability,dtype", EVERYTHING if FULL else DIAGONAL, ids=str)
 def test_every_kernel_compiles_for_real_chips(monkeypatch, heads, capability, dtype):
@@ -411,7 +415,8 @@ def test_every_kernel_compiles_for_real_chips(monkeypatch, heads, capability, dt
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
         shared, spilled = binary.metadata.shared, spilled_bytes(binary.asm["cubin"])
         assert shared <= SHARED[capability], (kernel.__name__, shared)
-        assert spilled is None or spilled <= most_spills(heads, dtype), (kernel.__name__, spilled)
+        most = most_spills(heads, capability, dtype)
+        assert spilled is None or spilled <= most, (kernel.__name__, spilled)
         kinds.add(kernel.__name__)
     assert kinds == {name for name in vars(kernels) if name.endswith("_kernel")}
 
