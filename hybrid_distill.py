@@ -931,7 +931,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.epilog = (
         "Each stage S of align, select, distill, finetune takes --S-tokens, --S-length, --S-batch, "
-        "--S-lr and --S-rest-lr (of what is not attention; 0 freezes it); default: by teacher size."
+        "--S-lr; select and distill take --S-rest-lr (of what is not attention; 0 freezes it)."
     )
     add = parser.add_argument
     add("--teacher", default="", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [made here]")
@@ -957,14 +957,16 @@ def parse(argv=None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print the plan and stop")
     for stage, budget in PAPER.items():
         for name, default in dataclasses.asdict(budget).items():
-            add(f"--{stage}-{name.replace('_', '-')}", type=type(default), help=argparse.SUPPRESS)
+            if default:  # stages 1 and 3 have no rest_lr
+                option = f"--{stage}-{name.replace('_', '-')}"
+                add(option, type=type(default), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 def resolve(s, teacher):
     """Fill in, in place, what depends on the teacher, and refuse what cannot work."""
     L, large, s.budgets = len(teacher.model.layers), teacher.num_parameters() >= 10**9, {}
     for stage, default in (PAPER if large else SMALL if s.teacher else EMBEDDED).items():
-        values = {n: getattr(s, f"{stage}_{n}") for n in dataclasses.asdict(default)}
+        values = {n: getattr(s, f"{stage}_{n}", None) for n in dataclasses.asdict(default)}
         values = {n: value for n, value in values.items() if value is not None}
         s.budgets[stage] = dataclasses.replace(default, **values)
     rows = "none" if large else "all-linear,uniform,centred,random"
@@ -1471,6 +1473,10 @@ def main(argv=None) -> int:
     try:
         if bool(s.teacher) != bool(s.data):
             raise UserError("--teacher and --data go together; without both, all is embedded")
+        if not s.teacher and (s.chat or s.data_config or s.dtype or s.text_column != "text"):
+            raise UserError("--chat, --data-config, --text-column and --dtype are for a --teacher")
+        if s.data_config and Path(s.data).exists():
+            raise UserError(f"--data-config is for a hub dataset, and {s.data} is a local path")
         with locked(s.out):
             if s.teacher:
                 teacher, tokenizer = load_teacher(s)

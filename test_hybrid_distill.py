@@ -1196,6 +1196,8 @@ WRONG = [
     (["--baselines", "middle"], "--baselines knows all-linear, uniform"),
     (["--data", "nothing.txt"], "cannot load --data nothing.txt"),
     (["--data", ""], "--teacher and --data go together"),
+    (["--data", "", "--teacher", "", "--chat"], "are for a --teacher"),
+    (["--data-config", "sample"], "--data-config is for a hub dataset"),
     (["--align-batch", "0"], "a stage needs tokens, a batch"),
     (["--mixer", "mamba"], "the mixer must be one of gdn"),
     (["--held-out", "5000"], "part has"),
