@@ -743,7 +743,7 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
 
 def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, rest_lr=7e-6,
                  evaluate_every=None, early_stop=0, k=1, at_once=None, micro_batch=None,
-                 checkpoint=lambda group: None) -> dict[int, list[dict]]:  # fmt: skip
+                 checkpoint=lambda sets: None) -> dict[int, list[dict]]:  # fmt: skip
     """One round of scores, held-out KL: {layer: [{"step", "kl", "kl_<kind>"}, ...]}.
 
     sets: {layer: the softmax layers of the hybrid that is trained, like stage 2, to score it}.
@@ -751,14 +751,14 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
     lr, rest_lr: of attention, of the rest. evaluate_every: steps, default a fifth of all.
     early_stop: end when the k best were the same at that many evaluations in a row; 0: never.
     at_once: candidates in memory at a time, which share each teacher pass; default: what fits.
-    checkpoint(group): a Checkpoint for a group of candidates; early stopping needs them, for the
-    groups then train in turn, one interval each.
+    checkpoint(some of sets): a Checkpoint for this group of candidates, or None; early stopping
+    needs them, for the groups then train in turn, one interval each.
     Unlike the official code: held-out KL on fixed batches, not a logged training loss.
     """
     every, layers = evaluate_every or max(1, steps // 5), list(sets)
     at_once = at_once or candidates_that_fit(student)
     groups = [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
-    checkpoints = [checkpoint("-".join(map(str, group))) for group in groups]
+    checkpoints = [checkpoint({i: sets[i] for i in group}) for group in groups]
     if early_stop and None in checkpoints:
         raise UserError("early stopping trains candidates an interval at a time: give a checkpoint")
     curves = {}
@@ -986,6 +986,7 @@ def resolve(s, teacher):
         raise UserError(f"--softmax-layers must be within 1..{L}, the teacher's layers, and as "
                         f"many as --select lists, not {s.softmax_layers or k}")  # fmt: skip
     s.softmax_layers, s.placed = k, check_layers(listed, L) if listed else None
+    s.vocab = teacher.config.vocab_size
     if s.select in RULES:
         s.placed = place_layers(s.select, L, k, s.seed, s.teacher)
 
@@ -1105,7 +1106,12 @@ def load_tokens(s, tokenizer):
     many as the largest stage and the held-out parts take.
     """
     if s.data.endswith(".npy"):
-        return np.load(s.data, mmap_mode="r")
+        if not Path(s.data).is_file():
+            raise UserError(f"cannot load --data {s.data}: there is no such file")
+        ids = np.load(s.data, mmap_mode="r")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < s.vocab:
+            raise UserError(f"--data {s.data} must be a row of token ids, integers below {s.vocab}")
+        return ids
     need = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out * s.budgets["distill"].length
     name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need])
     file, eos, parts = Path(s.out) / f"tokens-{name}.npy", tokenizer.eos_token_id, []
@@ -1147,19 +1153,21 @@ def load_documents(s):
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     files = [file for file in files if file.suffix in kinds]
     found = {kinds[file.suffix] for file in files}
+    saved = any((path / f"dataset_{what}.json").exists() for what in ("info", "dict"))
+    if path.exists() and not saved and len(found) != 1:
+        raise UserError(f"{path} must be or hold .txt, .jsonl or .parquet files of one kind")
     try:
-        if (path / "dataset_info.json").exists():
-            rows = datasets.load_from_disk(s.data).to_iterable_dataset()
-        elif len(found) == 1:
+        if saved:
+            rows = datasets.load_from_disk(s.data)
+            rows = (rows["train"] if isinstance(rows, dict) else rows).to_iterable_dataset()
+        elif path.exists():
             how = {"sample_by": "document"} if found == {"text"} else {}
             rows = datasets.load_dataset(*found, data_files=list(map(str, files)), split="train",
                                          streaming=True, **how)  # fmt: skip
-        elif path.exists():
-            raise UserError(f"{path} must be or hold .txt, .jsonl or .parquet files of one kind")
         else:
             rows = datasets.load_dataset(s.data, s.data_config, split="train", streaming=True)
-    except OSError as error:
-        why = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).split("\n")[0]
         raise UserError(f"cannot load --data {s.data}, a path or hub id: {why}") from error
     return rows.shuffle(seed=s.seed, buffer_size=10_000)
 
@@ -1309,7 +1317,7 @@ def load_teacher(s):
             raise UserError(f"it lacks {len(wrong)} of its weights, such as {wrong[0]}")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot use --teacher {s.teacher}, a folder or hub id with a tokenizer: "
-                        f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
+                        + str(error).strip().split("\n")[0]) from error  # fmt: skip
     return teacher.to(s.device).eval(), tokenizer
 
 # ---------------------------------------------------------------------------------------- the run
@@ -1334,10 +1342,10 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         checkpoint = Checkpoint(out / f"{name}-{key([base, *after])}", keep)
         return {"micro_batch": s.micro_batch, "checkpoint": checkpoint}
 
-    def of_group(group):
-        early = [s.early_stop, s.softmax_layers] if s.early_stop else []
-        after = [b["align"], b["select"], s.evaluate_every, s.held_out, s.select, early]
-        return how(f"select-{group}", *after, keep=False)["checkpoint"]
+    def of_group(sets):
+        early = [s.early_stop, s.select, s.softmax_layers] if s.early_stop else []
+        after = [b["align"], b["select"], s.evaluate_every, s.held_out, early, [*sets.values()]]
+        return how(f"select-{'-'.join(map(str, sets))}", *after, keep=False)["checkpoint"]
 
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
@@ -1381,6 +1389,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             if name == selection["name"]:
                 model.save_pretrained(out / "student")
                 tokenizer.save_pretrained(out / "student")
+        if not file.exists():
             row = {"softmax_layers": list(layers), **evaluate(model, teacher, test)}
             row |= {**corpus.recall(model), "cache_bytes": cache_bytes(model, b["finetune"].length)}
             write(file, json.dumps(row))

@@ -934,8 +934,8 @@ def benchmark(device):
             from transformers.models.qwen3_next import modeling_qwen3_next as qwen
             other = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
         rules["FLA" if cuda else "transformers"] = functools.partial(other, **norm)
-    except ImportError:
-        pass
+    except ImportError as missing:
+        print(f"no peer to time beside: {missing}")
     print(f"\n{'milliseconds':26} {'rule':12} {'forward':>9} {'+ backward':>10} {'/ ours':>7}")
     for B, T, H, d in cases:
         x = example(B, T, H, H, d, d, "random", torch.bfloat16 if cuda else torch.float32, device)

@@ -907,7 +907,7 @@ def test_candidates_in_groups_and_in_turn_score_as_all_at_once(tmp_path):
     kl = hd.evaluate(hybrid, teacher, HELD_OUT)["kl"]
     assert scores[0][2][0] == {"step": 0, "kl": pytest.approx(kl), "kl_text": pytest.approx(kl)}
     early = score(teacher, at_once=2, lr=1e-3, rest_lr=1e-4, early_stop=2,
-                  checkpoint=lambda group: hd.Checkpoint(tmp_path / group, keep=False))
+                  checkpoint=lambda sets: hd.Checkpoint(tmp_path / str(sets), keep=False))
     assert early == {i: curve[:3] for i, curve in scores[0].items()}  # settled at step 2 of 4
     with pytest.raises(hd.UserError, match="give a checkpoint"):
         score(teacher, early_stop=2)
@@ -990,7 +990,7 @@ def arguments(tmp_path, *more):
     sizes = [x for n, value in TINY.items() for x in (f"--{n.replace('_', '-')}", value)]
     return [str(x) for x in sizes + args]
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "saved"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "saved", "splits"])
 def test_every_kind_of_data_gives_the_same_documents(kind, tmp_path):
     import datasets
     rows, folder = datasets.Dataset.from_dict({"text": TEXTS}), tmp_path / "data"
@@ -1000,6 +1000,8 @@ def test_every_kind_of_data_gives_the_same_documents(kind, tmp_path):
             (folder / f"{i}.txt").write_text(text)
     elif kind == "saved":
         rows.save_to_disk(folder)
+    elif kind == "splits":
+        datasets.DatasetDict(train=rows, test=rows).save_to_disk(folder)
     else:
         getattr(rows, {"jsonl": "to_json", "parquet": "to_parquet"}[kind])(folder / f"a.{kind}")
     s = hd.parse(arguments(tmp_path, "--data", folder))
@@ -1051,6 +1053,20 @@ def test_a_run_gives_every_row_the_same_training(family, tmp_path, monkeypatch):
                         calls.append("step") or real(*args))
     more = ("--softmax-layers", "2", "--baselines", "last", "--finetune-lr", "1e-6")
     assert hd.main(arguments(tmp_path, *more)) == 0 and calls.count("step") == 2 * (2 + 1)
+
+def test_iterated_selection_is_the_same_one_candidate_at_a_time(tmp_path):
+    """Each round scores the same layers beside others: no round may read another one's scores."""
+    save_teacher(tmp_path / "teacher")
+    found = []
+    for n in ("1", "4"):
+        out = tmp_path / f"run-{n}"
+        more = ("--select", "greedy", "--softmax-layers", "3", "--candidates-at-once", n)
+        assert hd.main(arguments(tmp_path, *more, "--baselines", "none", "--out", str(out))) == 0
+        found.append(json.loads((out / "selection.json").read_text()))
+    assert found[0] == found[1] and len(found[0]["rounds"]) == 3
+    rounds = [scored["curves"] for scored in found[0]["rounds"]]
+    layer = str(found[0]["chosen"][2])
+    assert rounds[0][layer] != rounds[1][layer] != rounds[2][layer]
 
 # ------------------------------------------------------------------- clients of the saved student
 
@@ -1195,6 +1211,7 @@ WRONG = [
     (["--select", "1,2"], "as many as --select lists"),
     (["--baselines", "middle"], "--baselines knows all-linear, uniform"),
     (["--data", "nothing.txt"], "cannot load --data nothing.txt"),
+    (["--data", "nothing.npy"], "cannot load --data nothing.npy: there is no such file"),
     (["--data", ""], "--teacher and --data go together"),
     (["--data", "", "--teacher", "", "--chat"], "are for a --teacher"),
     (["--data-config", "sample"], "--data-config is for a hub dataset"),
@@ -1212,6 +1229,13 @@ def test_wrong_input_gets_one_sentence(more, sentence, tmp_path, capsys, monkeyp
     error = capsys.readouterr().err.strip().split("error: ")[-1]
     assert sentence in error, error
     assert "\n" not in error
+
+@pytest.mark.parametrize("ids", [np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1)])
+def test_token_ids_that_are_none_are_refused(ids, tmp_path, capsys):
+    save_teacher(tmp_path / "teacher")
+    np.save(tmp_path / "wrong.npy", ids)
+    assert hd.main(arguments(tmp_path, "--data", str(tmp_path / "wrong.npy"))) == 1
+    assert "must be a row of token ids, integers below 384" in capsys.readouterr().err
 
 def test_a_bug_in_a_mixer_keeps_its_traceback(tmp_path, monkeypatch):
     save_teacher(tmp_path / "teacher")
