@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib
@@ -47,14 +48,19 @@ import time
 import warnings
 from pathlib import Path
 
+import filelock
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Partial
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
@@ -332,8 +338,8 @@ def mixers(model) -> dict[int, nn.Module]:
 
 def autocast(model):
     """Products in the dtype of the config, the teacher's: trained weights are fp32 in training."""
-    half, dtype = model.config.dtype in (torch.bfloat16, torch.float16), model.config.dtype
-    return torch.autocast(model.device.type, dtype) if half else contextlib.nullcontext()
+    half = model.config.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(model.device.type, model.config.dtype if half else None, half)
 
 def last_hidden(model, tokens):
     """tokens [B, T] -> what goes into the LM head, [B, T, D]."""
@@ -471,7 +477,7 @@ def check_layers(softmax_layers, L: int) -> list[int]:
 # --------------------------------------------------------------- the training loop of every stage
 
 def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_batch=None,
-          evaluation=None, evaluate_every=None, until=None, checkpoint=None):  # fmt: skip
+          evaluation=None, evaluate_every=None, until=None, checkpoint=None, shared=False):
     """The loop behind every stage -> its history, a row a step: {"step", loss: value, ..., "loss"}.
 
     models: modules, each clipped to gradient norm 1 for itself. What requires a gradient trains, in
@@ -481,16 +487,19 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
     batches: token batches [B, T], a list or a function of the step. micro_batch: sequences of it at
     a time, default all, halved when the GPU's memory ends; the gradient is the whole batch's.
     evaluation(): entries for the row of step 0, of every evaluate_every-th step and of the last.
-    until: stop there, to go on later. checkpoint: a Checkpoint, or None.
+    until: stop there, to go on later. checkpoint: a Checkpoint, or None. shared: the processes of
+    torchrun train these models together, a part of every batch each, not models of their own.
     Raises FloatingPointError, with the weights of the last good step, when a loss is not finite.
     """
     trained = [[p for p in model.parameters() if p.requires_grad] for model in models]
-    dtypes = {p: p.dtype for of_model in trained for p in of_model}
-    if torch.float16 in dtypes.values():
+    parameters = sum(trained, [])
+    dtypes = [p.dtype for p in parameters]
+    if torch.float16 in dtypes:
         raise UserError("a float16 model cannot be trained here (no loss scaling): use bfloat16")
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     everything, end = nn.ModuleList(models).train(), min(until or steps, steps)
-    for p in dtypes:
+    name = checkpoint.folder.name if checkpoint else ""
+    for p in parameters:
         p.data = p.data.float()
     try:
         history = checkpoint.load(everything, optimizers, steps) if checkpoint else []
@@ -498,19 +507,18 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
             history.append({"step": 0, **evaluation()})
         start = history[-1]["step"] if history else 0
         micro_batch = history[-1].get("micro_batch", micro_batch) if history else micro_batch
-        hide, clock = checkpoint is None or start >= end, time.monotonic()
-        name = checkpoint.stage if checkpoint else "train"
+        hide, clock = not name or start >= end or rank_and_world()[0] > 0, time.monotonic()
         for step in tqdm(range(start, end), name, initial=start, total=end, disable=hide):
             for group, peak in peaks:
                 group["lr"] = peak * (schedule(step, steps) if schedule else 1.0)
             tokens = batches(step) if callable(batches) else batches[step]
-            row, micro_batch = back_propagate(losses, tokens, micro_batch, list(dtypes))
+            row, micro_batch = back_propagate(losses, tokens, micro_batch, parameters, shared)
             row["loss"] = sum(row.values()) / len(row)
             norms = [torch.nn.utils.clip_grad_norm_(of_model, 1.0) for of_model in trained]
-            row["gradient_norm"] = max(map(float, norms))
+            row["gradient_norm"] = max(float(whole(norm)) for norm in norms)
             if bad := [what for what, value in row.items() if not math.isfinite(value)]:
                 if checkpoint and step > 0:
-                    checkpoint.save(history, everything, optimizers)
+                    checkpoint.save(history, everything, optimizers, shared)
                 raise FloatingPointError(
                     f"{name}: {bad[0]} became {row[bad[0]]} at step {step + 1} of {steps}; the "
                     f"weights are those of step {step}, the last good one: lower its learning rate"
@@ -519,41 +527,43 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
                 optimizer.step()
                 optimizer.zero_grad()
             row |= {"step": step + 1, "lr": max(group["lr"] for group, _ in peaks)}
-            row["tokens"] = tokens.numel()
-            row |= {"micro_batch": micro_batch, "seconds": time.monotonic() - clock}
-            cuda = torch.cuda.is_available()
-            row["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else 0
+            row |= {"tokens": tokens.numel(), "micro_batch": micro_batch}
+            row |= {"seconds": time.monotonic() - clock, "peak_bytes": peak_bytes()}
             if evaluation and (step + 1 == steps or (step + 1) % (evaluate_every or steps) == 0):
                 row |= evaluation()
             history.append(row)
-            if checkpoint and (checkpoint.due() or step + 1 == end < steps):
-                checkpoint.save(history, everything, optimizers)
+            if checkpoint and (checkpoint.due(shared) or step + 1 == end < steps):
+                checkpoint.save(history, everything, optimizers, shared)
             clock = time.monotonic()
     finally:
-        for p, dtype in dtypes.items():
+        for p, dtype in zip(parameters, dtypes):
             p.data, p.grad = p.data.to(dtype), None
         everything.eval()
     if checkpoint and start < end == steps:
-        checkpoint.save(history, everything)
+        checkpoint.save(history, everything, (), shared)
     return history
 
-def back_propagate(losses, tokens, micro_batch, parameters):
+def back_propagate(losses, tokens, micro_batch, parameters, shared=False):
     """Gradients of a batch, micro_batch sequences at a time -> ({name: loss}, micro_batch).
 
     When the GPU's memory ends it starts again with half as many at a time, and says so.
     """
-    tokens, micro_batch = tokens.to(parameters[0].device), micro_batch or len(tokens)
+    (rank, world), cut = rank_and_world() if shared else (0, 1), isinstance(parameters[0], DTensor)
+    if cut and len(tokens) % world:
+        raise UserError(f"{world} processes cannot share a batch of {len(tokens)} equally")
+    mine = tokens.tensor_split(world)[rank].to(parameters[0].device)
+    micro_batch = micro_batch or max(1, len(mine))
     while True:
         sums = {}
         try:
-            for part in tokens.split(micro_batch):
+            for part in mine.split(micro_batch) if len(mine) else ():
                 share = len(part) / len(tokens)
                 for name, loss, weight in losses(part):
                     (loss * weight * share).backward()
                     sums[name] = sums.get(name, 0.0) + loss.detach() * share
-            return {name: float(total) for name, total in sums.items()}, micro_batch
+            break
         except torch.OutOfMemoryError:
-            if micro_batch == 1:
+            if micro_batch == 1 or cut:  # the others are in the middle of this one
                 raise
         loss = None  # only behind the `except` can what the failed try held be freed
         for p in parameters:
@@ -561,6 +571,8 @@ def back_propagate(losses, tokens, micro_batch, parameters):
         torch.cuda.empty_cache()
         micro_batch = (micro_batch + 1) // 2
         print(f"out of GPU memory: {micro_batch} sequences at a time from here on", file=sys.stderr)
+    sums = {name: float(loss) for name, loss in sums.items()}
+    return (sum_over_processes(sums, parameters) if world > 1 else sums), micro_batch
 
 def adamw(groups) -> list:
     """[AdamW] with the betas of [2], one fused kernel a step on a GPU."""
@@ -594,10 +606,11 @@ class Checkpoint:
     `folder`/metrics.jsonl  the history, up to the newest save
     `folder`/step-N         by torch.distributed.checkpoint: trained weights, optimizers, random
                             state; of the last step weights alone or, without `keep`, nothing
-    seconds: between two saves, more when one takes long: a tenth of the time at most.
+    seconds: between two saves, more when one takes long: a tenth of the time at most. What any
+    number of processes wrote, any other number reads.
     """
     def __init__(self, folder, keep=True, seconds=30.0):
-        self.folder, self.stage, self.keep = Path(folder), Path(folder).name, keep
+        self.folder, self.keep = Path(folder), keep
         self.metrics = self.folder / "metrics.jsonl"
         self.seconds, self.saved_at = seconds, time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -634,16 +647,26 @@ class Checkpoint:
                 state["random_cuda"] = torch.cuda.get_rng_state()
         return state
 
-    def due(self) -> bool:
-        return time.monotonic() - self.saved_at > self.seconds
+    def due(self, shared=False) -> bool:
+        """Is it time to save? Of processes that train together the first one decides."""
+        due = [time.monotonic() - self.saved_at > self.seconds]
+        if shared and rank_and_world()[1] > 1:
+            dist.broadcast_object_list(due)
+        return due[0]
 
-    def save(self, history, module, optimizers=()) -> None:
+    def save(self, history, module, optimizers=(), shared=False) -> None:
+        """Of processes that train together the first one writes; of a model cut over them, all."""
         start, new = time.monotonic(), self.folder / f"step-{history[-1]['step']}"
-        write(self.metrics, "".join(json.dumps(row) + "\n" for row in history))
-        shutil.rmtree(new, ignore_errors=True)
-        if self.keep or optimizers:
-            dcp.save(self._state(module, optimizers), checkpoint_id=new, no_dist=True)
-        for old in set(self.folder.glob("step-*")) - {new}:
+        cut = any(isinstance(p, DTensor) for p in module.parameters())
+        first = not shared or rank_and_world()[0] == 0
+        if first:
+            write(self.metrics, "".join(json.dumps(row) + "\n" for row in history))
+            shutil.rmtree(new, ignore_errors=True)
+        if cut:
+            dist.barrier()
+        if (first or cut) and (self.keep or optimizers):
+            dcp.save(self._state(module, optimizers), checkpoint_id=new, no_dist=not cut)
+        for old in set(self.folder.glob("step-*")) - {new} if first else ():
             shutil.rmtree(old)
         self.saved_at = time.monotonic()
         self.seconds = max(self.seconds, 10 * (self.saved_at - start))
@@ -655,6 +678,68 @@ def write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
+
+def peak_bytes() -> int:
+    """The most GPU memory that this process has held at a time."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+# ------------------------------------------------------------------ more than one process: torchrun
+
+def rank_and_world() -> tuple[int, int]:
+    """Which process of how many this is: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def gather(value) -> list:
+    """What every process calls it with; nobody goes on before all have."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+def sum_over_processes(losses: dict, parameters) -> dict:
+    """{name: loss} and, in place, gradients; what a process does not have counts as zero."""
+    for p in parameters:
+        if not isinstance(p, DTensor):  # `fully_shard` has summed those
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+    total = {}
+    for of_process in gather(losses):
+        for name, loss in of_process.items():
+            total[name] = total.get(name, 0.0) + loss
+    return total
+
+def whole(tensor):
+    """A tensor that is cut over the processes, put together; gradients are summed on the way back.
+
+    Any other tensor is returned as it is.
+    """
+    cut = isinstance(tensor, DTensor)
+    return tensor.full_tensor(grad_placements=[Partial()]) if cut else tensor
+
+def cut_over_processes(model):
+    """The causal LM in fp32 with its weights, gradients and optimizer state cut over all processes.
+
+    So a trained parameter takes 16 / world bytes and not 16. In place: `fully_shard` puts a layer
+    together when its turn comes. Losses take the head from `whole(model.lm_head.weight)`.
+    """
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    layers = [*model.model.layers]
+    heads = [] if tied else [model.lm_head]
+    for module in (*(layer.self_attn for layer in layers), *layers, model.model, *heads):
+        fully_shard(module.float())
+        module.set_gradient_divide_factor(1.0)  # summed, not averaged: see back_propagate
+        module.set_force_sum_reduction_for_comms(True)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+def sharded(stage, student, *inputs, **options) -> list[dict]:
+    """stage(student, ...) on a copy of student that is cut over the processes; then copied back."""
+    model = cut_over_processes(copy.deepcopy(student))
+    history = stage(model, *inputs, **options)
+    for p, trained in zip(student.parameters(), model.parameters(), strict=True):
+        p.data.copy_(whole(trained.data))
+    return history
 
 # ---------------------------------------------------------------- stage 1: hidden-state alignment
 
@@ -684,7 +769,7 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
     schedule = cosine(final_lr / lr, min(50, steps // 10) if warmup is None else warmup)
     optimizers = adamw(parameter_groups(nn.ModuleDict({"self_attn": training}), lr, 0))
     return train([training], optimizers, losses, batches, steps, schedule=schedule,
-                 micro_batch=micro_batch, checkpoint=checkpoint)  # fmt: skip
+                 micro_batch=micro_batch, checkpoint=checkpoint, shared=True)  # fmt: skip
 
 @torch.no_grad()
 def attention_io(model, tokens, layers) -> dict[int, tuple]:
@@ -743,28 +828,33 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
 
 def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, rest_lr=7e-6,
                  evaluate_every=None, early_stop=0, k=1, at_once=None, micro_batch=None,
-                 checkpoint=lambda sets: None) -> dict[int, list[dict]]:  # fmt: skip
+                 checkpoint=lambda sets: None, shard=False):  # fmt: skip
     """One round of scores, held-out KL: {layer: [{"step", "kl", "kl_<kind>"}, ...]}.
 
     sets: {layer: the softmax layers of the hybrid that is trained, like stage 2, to score it}.
     batches: what each candidate trains on; held_out: {kind: [tokens [B, T], ...]}, never trained.
-    lr, rest_lr: of attention, of the rest. evaluate_every: steps, default a fifth of all.
+    lr, rest_lr: of attention, of the rest. evaluate_every: steps, default half of all.
     early_stop: end when the k best were the same at that many evaluations in a row; 0: never.
-    at_once: candidates in memory at a time, which share each teacher pass; default: what fits.
+    at_once: candidates in memory at a time, which share each teacher pass; default: an eighth of
+    all, or what fits. The processes of torchrun take such groups in turn, each with models of its
+    own; with `shard` all of them train every group, cut over them.
     checkpoint(some of sets): a Checkpoint for this group of candidates, or None; early stopping
     needs them, for the groups then train in turn, one interval each.
     Unlike the official code: held-out KL on fixed batches, not a logged training loss.
     """
-    every, layers = evaluate_every or max(1, steps // 5), list(sets)
-    at_once = at_once or candidates_that_fit(student)
+    every, layers = evaluate_every or max(1, steps // 2), list(sets)
+    at_once = at_once or min(candidates_that_fit(student), -(-len(layers) // 8))
     groups = [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
+    rank, world = (0, 1) if shard else rank_and_world()
     checkpoints = [checkpoint({i: sets[i] for i in group}) for group in groups]
     if early_stop and None in checkpoints:
         raise UserError("early stopping trains candidates an interval at a time: give a checkpoint")
     curves = {}
     for end in [*range(every, steps, every), steps] if early_stop else [steps]:
-        for group, saved in zip(groups, checkpoints):
+        for group, saved in [*zip(groups, checkpoints)][rank::world]:
             models = {i: restore_attention(student, teacher, sets[i]) for i in group}
+            if shard:
+                models = {i: cut_over_processes(model) for i, model in models.items()}
             parameters = [parameter_groups(model, lr, rest_lr) for model in models.values()]
 
             def losses(tokens):
@@ -775,10 +865,14 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
                 list(models.values()), adamw(sum(parameters, [])), losses, batches, steps,
                 evaluation=lambda: {"held_out": held_out_kl(models, teacher, held_out)},
                 evaluate_every=every, until=end, micro_batch=micro_batch, checkpoint=saved,
+                shared=shard,
             )  # fmt: skip
             seen = [row for row in history if "held_out" in row]
             for i in group:
                 curves[i] = [{"step": row["step"], **row["held_out"][str(i)]} for row in seen]
+        if world > 1:
+            found = {i: curve for of_process in gather(curves) for i, curve in of_process.items()}
+            curves = {i: found[i] for i in layers}
         if early_stop and settled(curves, early_stop, k):
             break
     return curves
@@ -809,7 +903,7 @@ def kl_to_teacher(models: dict, teacher, tokens):
         teacher_hidden = last_hidden(teacher, tokens)
     for name, model in models.items():
         hidden = last_hidden(model, tokens)
-        yield name, kl_loss(hidden, model.lm_head, teacher_hidden, teacher.lm_head)
+        yield name, kl_loss(hidden, whole(model.lm_head.weight), teacher_hidden, teacher.lm_head)
 
 @torch.no_grad()
 def held_out_kl(models: dict, teacher, held_out) -> dict[str, dict]:
@@ -882,16 +976,16 @@ def distill_logits(student, teacher, batches, steps, lr=1e-4, rest_lr=7e-6, **ho
             yield "kl", loss, 1.0
 
     optimizers = adamw(parameter_groups(student, lr, rest_lr))
-    return train([student], optimizers, losses, batches, steps, **how)
+    return train([student], optimizers, losses, batches, steps, shared=True, **how)
 
 def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
     """Stage 3: cross-entropy on longer sequences, all parameters at `lr`, no teacher ("ce")."""
     def losses(tokens):
         hidden = last_hidden(student, tokens)[:, :-1]
-        yield "ce", cross_entropy_loss(hidden, student.lm_head, tokens[:, 1:]), 1.0
+        yield "ce", cross_entropy_loss(hidden, whole(student.lm_head.weight), tokens[:, 1:]), 1.0
 
     optimizers = adamw(parameter_groups(student, lr, lr))
-    return train([student], optimizers, losses, batches, steps, **how)
+    return train([student], optimizers, losses, batches, steps, shared=True, **how)
 
 # ==================================================================================================
 #                                           THE PLUMBING
@@ -942,8 +1036,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--softmax-layers", type=int, metavar="K", help="softmax layers [embedded 1, else L/4]")
     add("--select", default="ga-s2", help=f"ga-s2, greedy, {', '.join(RULES)} or 3,7,11")
     add("--early-stop", type=int, default=0, help="evaluations with the same K best that end it")
-    add("--evaluate-every", type=int, help="steps between evaluations of the selection [a fifth]")
-    add("--candidates-at-once", type=int, help="candidates in memory at a time [what fits]")
+    add("--evaluate-every", type=int, help="steps between evaluations of the selection [half]")
+    add("--candidates-at-once", type=int, help="candidates in memory at a time [L/8]")
     add("--baselines", help="further rows: all-linear or rules, comma-separated; or none")
     add("--mixer", default="gdn", help=f"the linear attention: {', '.join(MIXERS)}")
     add("--out", default="runs/default", help="the run folder; the same command goes on in it")
@@ -953,6 +1047,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--micro-batch", type=int, help="sequences at a time [the batch, halved until it fits]")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute [from 1B]")
     add("--trust-remote-code", action="store_true", help="run code of the teacher or tokenizer")
+    add("--shard", action="store_true", help="with torchrun: cut each student over the processes")
     add("--held-out", type=int, default=64, help="sequences in each of validation and test part")
     add("--dry-run", action="store_true", help="print the plan and stop")
     for stage, budget in PAPER.items():
@@ -963,7 +1058,10 @@ def parse(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 def resolve(s, teacher):
-    """Fill in, in place, what depends on the teacher, and refuse what cannot work."""
+    """Fill in, in place, what depends on the teacher, and refuse what cannot work.
+
+    teacher: its weights do not matter, and may be on the meta device.
+    """
     L, large, s.budgets = len(teacher.model.layers), teacher.num_parameters() >= 10**9, {}
     for stage, default in (PAPER if large else SMALL if s.teacher else EMBEDDED).items():
         values = {n: getattr(s, f"{stage}_{n}", None) for n in dataclasses.asdict(default)}
@@ -1112,35 +1210,42 @@ def load_tokens(s, tokenizer):
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < s.vocab:
             raise UserError(f"--data {s.data} must be a row of token ids, integers below {s.vocab}")
         return ids
-    need = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out * s.budgets["distill"].length
-    name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need])
-    file, eos, parts = Path(s.out) / f"tokens-{name}.npy", tokenizer.eos_token_id, []
     if s.chat and not tokenizer.chat_template:
         raise UserError(f"--chat needs a chat template, and the tokenizer of {s.teacher} has none")
-    if not file.exists():
-        documents = load_documents(s).iter(256)
-        bar = tqdm(total=need, desc="tokenise", unit="token", unit_scale=True)
-        for rows in documents:
-            if s.text_column not in rows:
-                raise UserError(f"{s.data} has no column {s.text_column!r}; name one of "
-                                f"{', '.join(rows)} with --text-column")  # fmt: skip
-            texts = [text for text in rows[s.text_column] if text]
-            if s.chat and any(not isinstance(text, list) for text in texts):
-                raise UserError(f"--chat needs lists of messages in {s.text_column!r} of {s.data}")
-            if s.chat:
-                texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
-            special = dict(add_special_tokens=not s.chat)  # a chat template writes its own
-            for ids in tokenizer(texts, **special)["input_ids"] if texts else []:
-                closed = eos is None or ids[-1:] == [eos]
-                parts.append(np.array(ids if closed else [*ids, eos], np.uint32))
-                bar.update(len(parts[-1]))
+    need = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out * s.budgets["distill"].length
+    name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need])
+    file = Path(s.out) / f"tokens-{name}.npy"
+    if not file.exists() and rank_and_world()[0] == 0:
+        parts, bar = [np.zeros(0, np.uint32)], tqdm(total=need, desc="tokenise", unit_scale=True)
+        for ids in tokenised(s, tokenizer):
+            parts.append(ids)
+            bar.update(len(ids))
             if bar.n >= need:
                 break
         with open(f"{file}.new", "wb") as new:
-            np.save(new, np.concatenate(parts)[:need] if parts else np.zeros(0, np.uint32))
+            np.save(new, np.concatenate(parts)[:need])
             os.fsync(new.fileno())
         os.replace(new.name, file)
+    gather("tokenised")
     return np.load(file, mmap_mode="r")
+
+def tokenised(s, tokenizer):
+    """Yields the ids of each document of --data, closed with EOS."""
+    eos = tokenizer.eos_token_id
+    for rows in load_documents(s).iter(256):
+        if s.text_column not in rows:
+            columns = ", ".join(rows)
+            raise UserError(
+                f"{s.data} has no column {s.text_column!r}: name one with --text-column: {columns}")
+        texts = [text for text in rows[s.text_column] if text]
+        if s.chat and any(not isinstance(text, list) for text in texts):
+            raise UserError(f"--chat needs lists of messages in {s.text_column!r} of {s.data}")
+        if s.chat:
+            texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
+        special = dict(add_special_tokens=not s.chat)  # a chat template writes its own
+        for ids in tokenizer(texts, **special)["input_ids"] if texts else ():
+            closed = eos is None or ids[-1:] == [eos]
+            yield np.array(ids if closed else [*ids, eos], np.uint32)
 
 def load_documents(s):
     """The rows of --data as a streamed, shuffled `datasets` dataset."""
@@ -1151,25 +1256,30 @@ def load_documents(s):
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     path = Path(s.data)
     files = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [file for file in files if file.suffix in kinds]
-    found = {kinds[file.suffix] for file in files}
+    files = [str(file) for file in files if file.suffix in kinds]
+    found = {kinds[Path(file).suffix] for file in files}
     saved = any((path / f"dataset_{what}.json").exists() for what in ("info", "dict"))
     if path.exists() and not saved and len(found) != 1:
         raise UserError(f"{path} must be or hold .txt, .jsonl or .parquet files of one kind")
-    try:
+    streamed = dict(split="train", streaming=True)
+    with one_sentence(f"cannot load --data {s.data}, a path or hub id"):
         if saved:
             rows = datasets.load_from_disk(s.data)
             rows = (rows["train"] if isinstance(rows, dict) else rows).to_iterable_dataset()
         elif path.exists():
             how = {"sample_by": "document"} if found == {"text"} else {}
-            rows = datasets.load_dataset(*found, data_files=list(map(str, files)), split="train",
-                                         streaming=True, **how)  # fmt: skip
+            rows = datasets.load_dataset(*found, data_files=files, **how, **streamed)
         else:
-            rows = datasets.load_dataset(s.data, s.data_config, split="train", streaming=True)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).split("\n")[0]
-        raise UserError(f"cannot load --data {s.data}, a path or hub id: {why}") from error
+            rows = datasets.load_dataset(s.data, s.data_config, **streamed)
     return rows.shuffle(seed=s.seed, buffer_size=10_000)
+
+@contextlib.contextmanager
+def one_sentence(beginning: str):
+    """What a library's loader raises, as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{beginning}: " + str(error).strip().split("\n")[0]) from error
 
 # ------------------------------------------------------------------------------------- evaluation
 
@@ -1239,6 +1349,12 @@ def cache_bytes(model, length: int) -> int:
 
 # ------------------------------------------------------------------------------------ the teacher
 
+EMBEDDED_TEACHER = transformers.LlamaConfig(
+    vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=6, head_dim=32,
+    num_attention_heads=2, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=True,
+    max_position_embeddings=4096, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    rope_parameters={"rope_type": "default", "rope_theta": 1000.0})  # fmt: skip
+
 def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps=220):
     """A small Llama that recalls 32 pairs, trained in about a minute; in `out`/teacher-KEY/model.
 
@@ -1249,11 +1365,7 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
     if (folder / "model").exists():
         return LlamaForCausalLM.from_pretrained(folder / "model").to(device).eval()
     torch.manual_seed(seed)
-    teacher = LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=6, head_dim=32,
-        num_attention_heads=2, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=True,
-        max_position_embeddings=4096, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0})).to(device)  # fmt: skip
+    teacher = LlamaForCausalLM(copy.deepcopy(EMBEDDED_TEACHER)).to(device)
     with torch.no_grad():
         for layer in teacher.model.layers:
             look_back(layer.self_attn, teacher.model.rotary_emb.inv_freq)
@@ -1301,23 +1413,30 @@ def look_back(attn, inv_freq, sharpness: float = 20.0) -> None:
     attn.k_proj.bias[:Dh] = torch.cat([w, 0 * w])
     attn.q_proj.bias[:Dh] = torch.cat([w * inv_freq.cos(), -w * inv_freq.sin()])
 
+def skeleton(s):
+    """The teacher without weights, on the meta device; UserError says what --teacher is instead."""
+    config = EMBEDDED_TEACHER
+    if s.teacher:
+        with one_sentence(f"cannot use --teacher {s.teacher}, a folder or hub id"):
+            code = dict(trust_remote_code=s.trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(s.teacher, **code)
+            known = {base.config_class.model_type: base.__name__ for base in HYBRIDS}
+            if config.model_type not in known:
+                raise UserError(f"it is a {config.model_type!r} model; supported are "
+                                + ", ".join(known.values()))  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
 def load_teacher(s):
     """(teacher, tokenizer) of --teacher, in --dtype on --device; UserError says what is wrong."""
-    known = {base.config_class.model_type: base.__name__ for base in HYBRIDS}
     dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
+    how = dict(dtype=getattr(torch, dtype), output_loading_info=True)
     code = dict(trust_remote_code=s.trust_remote_code)
-    try:
-        kind = transformers.AutoConfig.from_pretrained(s.teacher, **code).model_type
-        if kind not in known:
-            raise UserError(f"it is a {kind!r} model; supported are {', '.join(known.values())}")
+    with one_sentence(f"cannot use --teacher {s.teacher}, a folder or hub id with a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(s.teacher, **code)
-        teacher, info = AutoModelForCausalLM.from_pretrained(
-            s.teacher, dtype=getattr(torch, dtype), output_loading_info=True, **code)  # fmt: skip
+        teacher, info = AutoModelForCausalLM.from_pretrained(s.teacher, **how, **code)
         if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise UserError(f"it lacks {len(wrong)} of its weights, such as {wrong[0]}")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"cannot use --teacher {s.teacher}, a folder or hub id with a tokenizer: "
-                        + str(error).strip().split("\n")[0]) from error  # fmt: skip
     return teacher.to(s.device).eval(), tokenizer
 
 # ---------------------------------------------------------------------------------------- the run
@@ -1328,74 +1447,88 @@ def key(parts) -> str:
     return hashlib.sha1(text.encode()).hexdigest()[:8]
 
 def run(s, teacher, tokenizer, corpus) -> dict:
-    """All stages, then report.json, report.md and student/ in the run folder.
+    """All stages, then report.json, report.md and student/ in the run folder; returns the report.
 
     A stage is keyed by the settings up to it: what the folder already holds is not done again, and
-    another K, baseline or later budget pays for itself alone.
+    another K, baseline or later budget pays for itself alone. Of the processes of torchrun the
+    first one evaluates and writes.
     """
-    out, L, b = Path(s.out), len(teacher.model.layers), s.budgets
+    out, L, b, first = Path(s.out), len(teacher.model.layers), s.budgets, rank_and_world()[0] == 0
     base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), s.seed, s.mixer]
     base.append(corpus.identity)
+    batches = {stage: corpus.batches(stage, budget) for stage, budget in b.items()}
+    stages = {}  # the folder's name -> its Checkpoint
 
-    def how(name, *after, keep=True):
-        torch.manual_seed(s.seed)
-        checkpoint = Checkpoint(out / f"{name}-{key([base, *after])}", keep)
-        return {"micro_batch": s.micro_batch, "checkpoint": checkpoint}
+    def checkpoint(name, *after, keep=True):
+        folder = out / f"{name}-{key([base, *after])}"
+        return stages.setdefault(folder.name, Checkpoint(folder, keep))
 
     def of_group(sets):
         early = [s.early_stop, s.select, s.softmax_layers] if s.early_stop else []
         after = [b["align"], b["select"], s.evaluate_every, s.held_out, early, [*sets.values()]]
-        return how(f"select-{'-'.join(map(str, sets))}", *after, keep=False)["checkpoint"]
+        return checkpoint(f"select-{'-'.join(map(str, sets))}", *after, keep=False)
+
+    def train_stage(stage, student, *inputs, **options):
+        torch.manual_seed(s.seed)
+        stage = functools.partial(sharded, stage) if s.shard else stage
+        stage(student, *inputs, micro_batch=s.micro_batch, **options)
 
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
     if s.checkpointing:
         recompute_activations(student)
-    batches = {stage: corpus.batches(stage, budget) for stage, budget in b.items()}
-    align_hidden_states(student, teacher, batches["align"], b["align"].steps, b["align"].lr,
-                        b["align"].lr / 100, **how("align", b["align"]))  # fmt: skip
+    train_stage(align_hidden_states, student, teacher, batches["align"], b["align"].steps,
+                b["align"].lr, b["align"].lr / 100, checkpoint=checkpoint("align", b["align"]))
 
     selection = {"name": s.select if s.select in RULES else "given", "chosen": s.placed}
     if s.placed is None:
         validation = corpus.held_out("validation", s.held_out, b["select"].length)
+        torch.manual_seed(s.seed)
         found = select_layers(
             student, teacher, batches["select"], validation, s.softmax_layers, b["select"].steps,
             s.select, lr=b["select"].lr, rest_lr=b["select"].rest_lr, at_once=s.candidates_at_once,
             evaluate_every=s.evaluate_every, early_stop=s.early_stop, micro_batch=s.micro_batch,
-            checkpoint=of_group)  # fmt: skip
+            checkpoint=of_group, shard=s.shard)  # fmt: skip
         curves = found.rounds[0]["curves"]
         of_kind = {kind: best_layers(curves, kind=f"kl_{kind}") for kind in validation}
         selection = {"name": "kl-guided", **dataclasses.asdict(found), "ranking_of_kind": of_kind}
-    write(out / "selection.json", json.dumps(selection, indent=1))
 
     test = corpus.held_out("test", s.held_out, b["distill"].length)
     places = {"teacher": range(L), selection["name"]: sorted(selection["chosen"])}
     for name in s.baselines:
         rule = (name, L, s.softmax_layers, s.seed, s.teacher)
         places.setdefault(name, () if name == "all-linear" else place_layers(*rule))
-    rows = []
+
+    def row_file(layers):
+        after = [b["align"], list(layers), b["distill"], b["finetune"], s.held_out]
+        return out / f"row-{key([base, *after])}.json"
+
+    done = [name for name, layers in places.items() if row_file(layers).exists()]
+    gather("nobody writes before all have looked")
     for name, layers in places.items():
-        after = [b["align"], list(layers), b["distill"]]
-        file = out / f"row-{key([base, *after, b['finetune'], s.held_out])}.json"
-        if not file.exists() or name == selection["name"]:
-            model = teacher
-            if name != "teacher":
-                model = restore_attention(student, teacher, layers)
-                distill_logits(
-                    model, teacher, batches["distill"], b["distill"].steps, b["distill"].lr,
-                    b["distill"].rest_lr, **how("distill", *after))  # fmt: skip
-                finetune(model, batches["finetune"], b["finetune"].steps, b["finetune"].lr,
-                         **how("finetune", *after, b["finetune"]))  # fmt: skip
-            if name == selection["name"]:
-                model.save_pretrained(out / "student")
-                tokenizer.save_pretrained(out / "student")
-        if not file.exists():
+        model, after = teacher, [b["align"], list(layers), b["distill"]]
+        if name != "teacher":
+            to_distill = checkpoint("distill", *after)
+            to_finetune = checkpoint("finetune", *after, b["finetune"])
+        if name != "teacher" and (name not in done or name == selection["name"]):
+            model = restore_attention(student, teacher, layers)
+            train_stage(distill_logits, model, teacher, batches["distill"], b["distill"].steps,
+                        b["distill"].lr, b["distill"].rest_lr, checkpoint=to_distill)  # fmt: skip
+            train_stage(finetune, model, batches["finetune"], b["finetune"].steps,
+                        b["finetune"].lr, checkpoint=to_finetune)  # fmt: skip
+        if first and name == selection["name"]:
+            model.save_pretrained(out / "student")
+            tokenizer.save_pretrained(out / "student")
+        if first and not row_file(layers).exists():
             row = {"softmax_layers": list(layers), **evaluate(model, teacher, test)}
             row |= {**corpus.recall(model), "cache_bytes": cache_bytes(model, b["finetune"].length)}
-            write(file, json.dumps(row))
-        rows.append({"name": name, **json.loads(file.read_text())})
+            write(row_file(layers), json.dumps(row))
+    if not first:
+        return {}
+    rows = [{"name": name, **json.loads(row_file(of).read_text())} for name, of in places.items()]
     report = {"teacher": s.teacher or "embedded", "machine": machine(s.device), "rows": rows}
-    report |= {"selection": selection, "stages": stage_rows(out)}
+    report |= {"selection": selection, "stages": stage_rows(stages.values())}
+    write(out / "selection.json", json.dumps(selection, indent=1))
     write(out / "report.json", json.dumps(report, indent=1))
     write(out / "report.md", markdown(report))
     return report
@@ -1408,16 +1541,17 @@ def machine(device: str) -> str:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     return f"{name}; torch {torch.__version__}, transformers {transformers.__version__}"
 
-def stage_rows(out) -> list[dict]:
-    """What every stage in the run folder used, and its first and last loss."""
+def stage_rows(checkpoints) -> list[dict]:
+    """What every stage of the run used, and its first and last loss."""
     found = []
-    for file in sorted(Path(out).glob("*/metrics.jsonl"), key=os.path.getmtime):
-        rows = [row for row in map(json.loads, file.read_text().splitlines()) if "loss" in row]
+    for checkpoint in (c for c in checkpoints if c.metrics.exists()):
+        lines = checkpoint.metrics.read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if "loss" in row]
         total = {what: sum(row[what] for row in rows) for what in ("tokens", "seconds")}
-        last = {what: rows[-1][what] for what in ("step", "micro_batch")}
         total["tokens_per_second"] = round(total["tokens"] / total["seconds"])
+        last = {what: rows[-1][what] for what in ("step", "micro_batch")}
         peak, losses = max(row["peak_bytes"] for row in rows), [rows[0]["loss"], rows[-1]["loss"]]
-        what = {"stage": file.parent.name, **last, **total}
+        what = {"stage": checkpoint.folder.name, **last, **total}
         found.append({**what, "peak_bytes": peak, "losses": losses})
     return found
 
@@ -1460,55 +1594,77 @@ def plan(s, teacher) -> str:
     return (f"{s.teacher or 'embedded teacher'}: {L} layers, {s.softmax_layers} stay softmax; a "
             f"student with optimizer takes {memory:.1f} GiB beside activations\n{table(rows)}")
 
-@contextlib.contextmanager
-def locked(out):
-    """Refuse a second process in the same run folder."""
-    try:
-        import fcntl
-    except ImportError:
-        raise UserError("a run needs file locks, which this system lacks") from None
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with open(Path(out) / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out} is in use by another process: give another --out") from None
-        yield
+def join_torchrun(s):
+    """Join the other processes, if torchrun started this one; returns the store they share."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    gpus = torch.cuda.device_count() if s.device.startswith("cuda") else 0
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+    # NCCL wants a GPU for each process; gloo takes several on one, and CPUs.
+    backend = "gloo" if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus else None
+    store, rank, world = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                            timeout=datetime.timedelta(days=1))  # fmt: skip
+    return store
+
+def check(s) -> None:
+    """UserError for options that do not go together."""
+    if bool(s.teacher) != bool(s.data):
+        raise UserError("--teacher and --data go together; without both, all is embedded")
+    if not s.teacher and (s.chat or s.data_config or s.dtype or s.text_column != "text"):
+        raise UserError("--chat, --data-config, --text-column and --dtype are for a --teacher")
+    if s.data_config and Path(s.data).exists():
+        raise UserError(f"--data-config is for a hub dataset, and {s.data} is a local path")
+    if s.shard and rank_and_world()[1] == 1:
+        raise UserError("--shard cuts a student over processes: start several with torchrun")
 
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp in one process
     s = parse(argv)
+    store = join_torchrun(s)
+    first = rank_and_world()[0] == 0
     try:
-        if bool(s.teacher) != bool(s.data):
-            raise UserError("--teacher and --data go together; without both, all is embedded")
-        if not s.teacher and (s.chat or s.data_config or s.dtype or s.text_column != "text"):
-            raise UserError("--chat, --data-config, --text-column and --dtype are for a --teacher")
-        if s.data_config and Path(s.data).exists():
-            raise UserError(f"--data-config is for a hub dataset, and {s.data} is a local path")
-        with locked(s.out):
+        check(s)
+        resolve(s, bones := skeleton(s))
+        if first:
+            print(plan(s, bones))
+        if s.dry_run:
+            return 0
+        Path(s.out).mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(Path(s.out) / ".lock", timeout=0)
+        with lock if first else contextlib.nullcontext():
             if s.teacher:
                 teacher, tokenizer = load_teacher(s)
-            else:
-                corpus, tokenizer = EmbeddedCorpus(s.seed), byte_tokenizer()
-                teacher = embedded_teacher(corpus, s.out, s.seed, s.device)
-            resolve(s, teacher)
-            print(plan(s, teacher))
-            if s.dry_run:
-                return 0
-            if s.teacher:
                 held_out = s.held_out * s.budgets["distill"].length
                 corpus = TokenCorpus(load_tokens(s, tokenizer), held_out, s.seed, tokenizer)
+            else:
+                corpus, tokenizer = EmbeddedCorpus(s.seed), byte_tokenizer()
+                if first:
+                    embedded_teacher(corpus, s.out, s.seed, s.device)
+                gather("the first process has made the teacher, the others load it")
+                teacher = embedded_teacher(corpus, s.out, s.seed, s.device)
             report = run(s, teacher, tokenizer, corpus)
-        print(table(report["rows"]))
-        print(f"Softmax layers, best first: {report['selection']['chosen']}; see {s.out}/report.md")
+            gather("the report is written")
+        if first:
+            print(table(report["rows"]))
+            chosen = report["selection"]["chosen"]
+            print(f"Softmax layers, best first: {chosen}; see {s.out}/report.md")
         return 0
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from the last save in {s.out}", file=sys.stderr)
         return 130
-    except (UserError, FloatingPointError) as error:
+    except filelock.Timeout:
+        error = f"{s.out} is in use by another process: give another --out"
+    except (UserError, FloatingPointError) as what:
+        error = what
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if store is None or store.add("errors", 1) == 1:  # one process says it for all
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    return 1
 
 if __name__ == "__main__":
     # Not as __main__: a saved student must be able to say which file its class is in.
