@@ -39,7 +39,6 @@ import importlib.util
 import inspect
 import itertools
 import os
-import statistics
 import sys
 import timeit
 import warnings
@@ -914,14 +913,14 @@ def check(device):
     return good
 
 def milliseconds(function, device):
-    """Median time of a call, the first one (which compiles) left out; what the host spends on it."""
+    """-> median time of a call behind the first one (which compiles), what its host part takes."""
     function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    host = 1e3 * min(timeit.repeat(function, number=1, repeat=7))  # nothing waits for a GPU
-    if device == "cuda":
-        return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median"), host
-    return 1e3 * statistics.median(timeit.repeat(function, number=1, repeat=7)), host
+    if device != "cuda":
+        times = sorted(timeit.repeat(function, number=1, repeat=7))
+        return 1e3 * times[3], 1e3 * times[3]
+    torch.cuda.synchronize()
+    host = 1e3 * min(timeit.repeat(function, number=1, repeat=7))  # a launch waits for nothing
+    return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median"), host
 
 def benchmark(device):
     """Print milliseconds of ours and of what else can be imported, forward and with backward."""
@@ -942,7 +941,8 @@ def benchmark(device):
         sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
         rules["SDPA"] = lambda *x, **_: sdpa(*(y.transpose(1, 2) for y in x[:3]))[None]
     dtype = torch.bfloat16 if cuda else torch.float32
-    print(f"\n{'milliseconds':26} {'rule':12}   forward + backward    (host)  / ours")
+    head = f"{'forward':>9} {'+ backward':>10} {'its host':>9} {'/ ours':>7}"
+    print(f"\n{'milliseconds':26} {'rule':12} {head}")
     for B, T, H, d in cases:
         x = [y.requires_grad_() for y in example(B, T, H, H, d, d, "random", dtype, device)[:5]]
         ours = None
@@ -951,11 +951,11 @@ def benchmark(device):
             def both():
                 o = rule()[0]
                 torch.autograd.grad(o, x, o.detach(), allow_unused=True)
-            (forward, _), (total, host) = (
-                milliseconds(f, device) for f in (torch.no_grad()(rule), both)
-            )
+            forward, _ = milliseconds(torch.no_grad()(rule), device)
+            total, host = milliseconds(both, device)
             ours, case = ours or total, f"B={B} T={T} H={H} d={d}"
-            print(f"{case:26} {name:12} {forward:9.3f} {total:10.3f} {host:9.3f} {total / ours:7.2f}")
+            numbers = f"{forward:9.3f} {total:10.3f} {host:9.3f} {total / ours:7.2f}"
+            print(f"{case:26} {name:12} {numbers}", flush=True)
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
