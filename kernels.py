@@ -597,8 +597,7 @@ def launch_forward(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep):
     Contiguous inputs; q, k, v of one dtype, the rest fp32. For the tables see packed_tables."""
     T, H, Dk, HV, Dv = *q.shape[1:], *v.shape[2:]
     outputs = empty_outputs(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep)
-    o, S, NP, factors, *kept = outputs
-    kept = kept if keep else (None, None)
+    o, S, NP, factors, *kept = outputs if keep else [*outputs[:4], None, None]
     how, walks, _ = tiles(H, HV, Dk, Dv, q.dtype, generation(q.device))
     grid, last = (-(-Dv // walks["BV"]) * len(S) * HV,), (sequences, T)
     with torch.cuda.device_of(q):
@@ -966,9 +965,8 @@ def main():
     sys.exit(0 if good else "an error passes its limit")
 
 def __getattr__(name):
-    """What this file lacks, from PyPI's package `kernels`, if installed: transformers imports names
-    from it, and finds this file where this folder is on sys.path. __path__ is for its submodules.
-    """
+    """What this file lacks, from PyPI's package `kernels` if installed: transformers, which wants
+    that one, finds this file where its folder is on sys.path. __path__ serves the submodules."""
     here = os.path.dirname(os.path.realpath(__file__))
     others = [entry for entry in sys.path if os.path.realpath(entry or ".") != here]
     wanted = __name__ == "kernels" and (name == "__path__" or not name.startswith("__"))
