@@ -40,11 +40,11 @@ import inspect
 import itertools
 import os
 import sys
+import timeit
 import warnings
 
 import torch
 import torch.nn.functional as F
-import torch.utils.benchmark
 
 try:
     import triton
@@ -245,6 +245,15 @@ def factor(factors, chunk, i: constexpr, C: constexpr):
     return tl.load(factors + (chunk * 5 + i) * C + tl.arange(0, C))
 
 @jit
+def prepared(NP, factors, chunk, C: constexpr):
+    """What prepare_kernel wrote of a chunk: N, P, fq, fk, fr, beta, gamma_C."""
+    bN = load_tile(NP + 2 * chunk * C * C, C, 0, C, C, C, C)
+    bP = load_tile(NP + (2 * chunk + 1) * C * C, C, 0, C, C, C, C)
+    fq, fk = factor(factors, chunk, 0, C), factor(factors, chunk, 1, C)
+    fr, b = factor(factors, chunk, 2, C), factor(factors, chunk, 3, C)
+    return bN, bP, fq, fk, fr, b, tl.load(factors + (chunk * 5 + 4) * C)
+
+@jit
 def decay(g, C: constexpr):
     """log-decays [C] -> D [C, C], gamma [C], gamma_C / gamma [C], gamma_C.
 
@@ -376,10 +385,7 @@ def forward_kernel(
         bk = load_tile(k + at_k, left, 0, H * DK, DK, C, BK)
         bq = load_tile(q + at_k, left, 0, H * DK, DK, C, BK)
         bv = load_tile(v + at_v, left, v0, HV * DV, DV, C, BV)
-        bN = load_tile(NP + 2 * chunk * C * C, C, 0, C, C, C, C)
-        bP = load_tile(NP + (2 * chunk + 1) * C * C, C, 0, C, C, C, C)
-        fq, fk = factor(factors, chunk, 0, C), factor(factors, chunk, 1, C)
-        fr, b = factor(factors, chunk, 2, C), factor(factors, chunk, 3, C)
+        bN, bP, fq, fk, fr, b, gamma_C = prepared(NP, factors, chunk, C)
         # 1. V~ = (I + N beta)(V - gamma K S_0),  U~ = beta V~
         Sd = S.to(dt)
         bV = bv - fk[:, None] * dot(bk, Sd)
@@ -392,7 +398,7 @@ def forward_kernel(
         bo = dot(bP, bU.to(dt), fq[:, None] * dot(bq, Sd))
         store_tile(o + at_v, bo, left, v0, HV * DV, DV)
         # 3. S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
-        S *= tl.load(factors + (chunk * 5 + 4) * C)
+        S *= gamma_C
         S = dot(tl.trans(bk), (fr[:, None] * bU).to(dt), S)
     store_tile(S_out + state * DK * DV, S, DK, v0, DV, DV)
 
@@ -423,10 +429,7 @@ def backward_state_kernel(
         bk = load_tile(k + at_k, left, 0, H * DK, DK, C, BK)
         bq = load_tile(q + at_k, left, 0, H * DK, DK, C, BK)
         bdo = load_tile(do + at_v, left, v0, HV * DV, DV, C, BV)
-        bN = load_tile(NP + 2 * chunk * C * C, C, 0, C, C, C, C)
-        bP = load_tile(NP + (2 * chunk + 1) * C * C, C, 0, C, C, C, C)
-        fq, fk = factor(factors, chunk, 0, C), factor(factors, chunk, 1, C)
-        fr, b = factor(factors, chunk, 2, C), factor(factors, chunk, 3, C)
+        bN, bP, fq, fk, fr, b, gamma_C = prepared(NP, factors, chunk, C)
         # 1. dU~ = P^T dO + gamma_C / gamma K dS_C
         dSd = dS.to(dt)
         store_tile(dstates + chunk * DK * DV, dSd, DK, v0, DV, DV)
@@ -439,7 +442,7 @@ def backward_state_kernel(
             bX = dot(tl.trans(bN), high, dot(tl.trans(bN), low, dU))
         store_tile(X + at_v, bX, left, v0, HV * DV, DV)
         # 3. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (gamma K)^T beta X
-        dS *= tl.load(factors + (chunk * 5 + 4) * C)
+        dS *= gamma_C
         dS = dot(tl.trans(bq), (fq[:, None] * bdo).to(dt), dS)
         dS = dot(tl.trans(bk), (-(b * fk)[:, None] * bX).to(dt), dS)
     if dS0 is not None:
@@ -594,8 +597,7 @@ def launch_forward(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep):
     Contiguous inputs; q, k, v of one dtype, the rest fp32. For the tables see packed_tables."""
     T, H, Dk, HV, Dv = *q.shape[1:], *v.shape[2:]
     outputs = empty_outputs(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep)
-    o, S, NP, factors, *kept = outputs
-    kept = kept if keep else (None, None)
+    o, S, NP, factors, *kept = outputs if keep else [*outputs[:4], None, None]
     how, walks, _ = tiles(H, HV, Dk, Dv, q.dtype, generation(q.device))
     grid, last = (-(-Dv // walks["BV"]) * len(S) * HV,), (sequences, T)
     with torch.cuda.device_of(q):
@@ -910,44 +912,49 @@ def check(device):
     return good
 
 def milliseconds(function, device):
-    """Median time of a call, the first one (which compiles) left out."""
+    """-> median time of a call behind the first one (which compiles), what its host part takes."""
     function()
-    if device == "cuda":
-        return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median")
-    timer = torch.utils.benchmark.Timer("function()", globals=dict(function=function))
-    return 1e3 * timer.blocked_autorange(min_run_time=1).median
+    if device != "cuda":
+        times = sorted(timeit.repeat(function, number=1, repeat=7))
+        return 1e3 * times[3], 1e3 * times[3]
+    torch.cuda.synchronize()
+    host = 1e3 * min(timeit.repeat(function, number=1, repeat=7))  # a launch waits for nothing
+    return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median"), host
 
 def benchmark(device):
     """Print milliseconds of ours and of what else can be imported, forward and with backward."""
-    norm, cuda = dict(use_qk_l2norm_in_kernel=True), device == "cuda"
-    rules = {"ours": functools.partial(chunk_gated_delta_rule, **norm)}
-    cases = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
-    if cuda:
-        cases = [(8, 512, 9, 64), (96, 512, 9, 64), (1, 32768, 16, 64)]
-        cases += [(6, T, 16, d) for d in (64, 128) for T in (4096, 16384, 32768)]
-        sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
-        rules["SDPA"] = lambda *x: sdpa(*(y.transpose(1, 2) for y in x[:3]))[None]
+    cuda, rules = device == "cuda", {"ours": chunk_gated_delta_rule}
     try:
         if cuda:
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule as other
         else:
             from transformers.models.qwen3_next import modeling_qwen3_next as qwen
             other = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
-        rules["FLA" if cuda else "transformers"] = functools.partial(other, **norm)
+        rules["FLA" if cuda else "transformers"] = other
     except ImportError as missing:
         print(f"no peer to time beside: {missing}")
-    print(f"\n{'milliseconds':26} {'rule':12} {'forward':>9} {'+ backward':>10} {'/ ours':>7}")
+    cases = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
+    if cuda:
+        cases = [(6, T, 16, d) for d in (64, 128) for T in (4096, 16384, 32768)]
+        cases += [(8, 512, 9, 64), (32, 1024, 9, 64), (1, 32768, 16, 64)]
+        sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+        rules["SDPA"] = lambda *x, **_: sdpa(*(y.transpose(1, 2) for y in x[:3]))[None]
+    dtype = torch.bfloat16 if cuda else torch.float32
+    head = f"{'forward':>9} {'+ backward':>10} {'its host':>9} {'/ ours':>7}"
+    print(f"\n{'milliseconds':26} {'rule':12} {head}")
     for B, T, H, d in cases:
-        x = example(B, T, H, H, d, d, "random", torch.bfloat16 if cuda else torch.float32, device)
-        x, ours = [y.requires_grad_() for y in x[:5]], None
+        x = [y.requires_grad_() for y in example(B, T, H, H, d, d, "random", dtype, device)[:5]]
+        ours = None
         for name, rule in rules.items():
+            rule = functools.partial(rule, *x, use_qk_l2norm_in_kernel=True)
             def both():
-                o = rule(*x)[0]
+                o = rule()[0]
                 torch.autograd.grad(o, x, o.detach(), allow_unused=True)
-            forward = milliseconds(torch.no_grad()(lambda: rule(*x)), device)
-            total = milliseconds(both, device)
+            forward, _ = milliseconds(torch.no_grad()(rule), device)
+            total, host = milliseconds(both, device)
             ours, case = ours or total, f"B={B} T={T} H={H} d={d}"
-            print(f"{case:26} {name:12} {forward:9.3f} {total:10.3f} {total / ours:7.2f}")
+            numbers = f"{forward:9.3f} {total:10.3f} {host:9.3f} {total / ours:7.2f}"
+            print(f"{case:26} {name:12} {numbers}", flush=True)
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -958,11 +965,8 @@ def main():
     sys.exit(0 if good else "an error passes its limit")
 
 def __getattr__(name):
-    """What this file lacks, from PyPI's package of the same name, if that is installed.
-
-    transformers imports names from a package called kernels; with this folder on sys.path it finds
-    this file, and gets them all the same. __path__ serves that package's submodules.
-    """
+    """What this file lacks, from PyPI's package `kernels` if installed: transformers, which wants
+    that one, finds this file where its folder is on sys.path. __path__ serves the submodules."""
     here = os.path.dirname(os.path.realpath(__file__))
     others = [entry for entry in sys.path if os.path.realpath(entry or ".") != here]
     wanted = __name__ == "kernels" and (name == "__path__" or not name.startswith("__"))
