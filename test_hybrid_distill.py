@@ -47,9 +47,8 @@ CONFIGS = {  # what differs: GQA, head_dim, biases, q/k norms, tied embeddings, 
 PIPED = dict(capture_output=True, text=True)
 GREEDY = dict(do_sample=False, pad_token_id=0)
 
-CACHE = "past_key_values"
-if CACHE not in inspect.signature(LlamaForCausalLM.forward).parameters:
-    CACHE = "cache"  # renamed in transformers 5.24
+PARAMETERS = inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in PARAMETERS else "past_key_values"  # renamed in transformers 5.24
 
 def make_teacher(family="llama", seed=0, **changes):
     torch.manual_seed(seed)
@@ -100,6 +99,8 @@ KINDS = ["random", "identical", "underflow"]
 HEADS = [(64, 64), (128, 128), (60, 100), (256, 256)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KERNELS = {name: kernel for name, kernel in vars(kernels).items() if name.endswith("_kernel")}
+NAMES = "recurrent", "torch_chunk", "chunk", "decode"
+RULES = {name: getattr(kernels, f"{name}_gated_delta_rule") for name in NAMES}
 rule, triton_rule = kernels.chunk_gated_delta_rule, kernels.triton_chunk_gated_delta_rule
 
 # Triton reads TRITON_INTERPRET when it is imported: these run in a process of their own
@@ -123,10 +124,18 @@ def test_kernels_in_the_interpreter():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
     assert "skipped" not in done.stdout, done.stdout
 
-@pytest.mark.parametrize("kind", KINDS)
+def example(*shape, kind):
+    """As kernels.example; "forgetful" is random with a log-decay of -inf at some places."""
+    if kind != "forgetful":
+        return kernels.example(*shape, kind)
+    q, k, v, g, beta, S = kernels.example(*shape)
+    g[torch.rand(g.shape, generator=torch.Generator().manual_seed(2)) < 0.1] = -torch.inf
+    return [q, k, v, g, beta, S]
+
+@pytest.mark.parametrize("kind", [*KINDS, "forgetful"])
 @pytest.mark.parametrize("T,Dk,Dv", [(1, 16, 16), (63, 60, 100), (75, 100, 60), (200, 64, 128)])
 def test_chunked_pytorch_is_the_recurrence(T, Dk, Dv, kind):
-    right(kernels.example(2, T, 2, 4, Dk, Dv, kind), 1e-5, backend="torch")
+    right(example(2, T, 2, 4, Dk, Dv, kind=kind), 1e-5, backend="torch")
 
 def test_chunked_pytorch_passes_gradcheck_but_has_no_second_derivative():
     inputs = [x.double().requires_grad_() for x in kernels.example(1, 37, 1, 2, 3, 4)]
@@ -134,20 +143,9 @@ def test_chunked_pytorch_passes_gradcheck_but_has_no_second_derivative():
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(run_rule(*inputs)[0].sum(), inputs[0], create_graph=True)
 
-def forget_everything(shape):
-    """An example with a log-decay of -inf at some places."""
-    q, k, v, g, beta, S = kernels.example(*shape)
-    g[torch.rand(g.shape, generator=torch.Generator().manual_seed(2)) < 0.1] = -torch.inf
-    return [q, k, v, g, beta, S]
-
-def test_a_log_decay_may_be_minus_infinity():
-    right(forget_everything((2, 75, 2, 4, 16, 24)), 1e-5, backend="torch")
-
-@pytest.mark.parametrize(
-    "rule", [kernels.recurrent_gated_delta_rule, kernels.torch_chunk_gated_delta_rule]
-)
-def test_pytorch_ignores_autocast(rule):
-    inputs = kernels.example(1, 9, 1, 2, 16, 24)
+@pytest.mark.parametrize("name", ["recurrent", "torch_chunk"])
+def test_pytorch_ignores_autocast(name):
+    rule, inputs = RULES[name], kernels.example(1, 9, 1, 2, 16, 24)
     plain = run_rule(*inputs, rule)
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, plain, run_rule(*inputs, rule)))
@@ -188,15 +186,14 @@ def test_boundaries_are_read_once_a_tensor(monkeypatch):
 @pytest.mark.parametrize(
     "T,HV,Dk,Dv,kind",
     [(1, 1, 16, 16, "random"), (33, 1, 60, 100, "random"), (70, 2, 16, 24, "underflow"),
-     (70, 1, 100, 20, "identical"), (40, 1, 130, 20, "random")],
+     (70, 1, 100, 20, "identical"), (40, 1, 130, 20, "random"), (40, 1, 16, 24, "forgetful")],
 )  # fmt: skip
 def test_interpreted_triton_is_the_recurrence(T, HV, Dk, Dv, kind):
-    right(kernels.example(1, T, 1, HV, Dk, Dv, kind), 2e-4, backend="triton")
+    right(example(1, T, 1, HV, Dk, Dv, kind=kind), 2e-4, backend="triton")
 
 @interpreted
-def test_interpreted_triton_packed_fp16_and_minus_infinity():
+def test_interpreted_triton_packed_and_fp16():
     check_packed(2e-4, backend="triton")
-    right(forget_everything((1, 40, 1, 1, 16, 24)), 2e-4, backend="triton")
     half = kernels.example(1, 70, 1, 1, 32, 16, "identical", torch.float16)
     right(half, 5e-3, backend="triton")
 
@@ -230,8 +227,6 @@ def test_interpreted_triton_under_autocast_checkpointing_and_compile():
     for wrapped in (checkpointed, compiled):
         assert all(map(torch.equal, gradients(wrapped, inputs), gradients(run, inputs)))
 
-# ------------------------------------------------------------------- on a GPU
-
 @on_a_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
@@ -257,8 +252,6 @@ def test_auto_takes_triton_on_the_gpu(recwarn):
     truth = kernels.recurrent_gated_delta_rule(*one, initial_state=S, output_final_state=True)
     same(found[0].float(), truth[0].float(), 2e-2), same(found[1], truth[1], 1e-5)
 
-# ------------------------------------------------------------------- the seams
-
 @pytest.mark.parametrize(
     "change,sentence",
     [(dict(k=(1, 8, 2, 8)), "k must be"), (dict(v=(1, 8, 3, 16)), "a multiple of the 2 heads"),
@@ -276,11 +269,8 @@ def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
         rule(**inputs)
 
 def test_the_rules_share_one_signature():
-    others = kernels.torch_chunk_gated_delta_rule, rule, kernels.decode_gated_delta_rule
-    first = list(inspect.signature(kernels.recurrent_gated_delta_rule).parameters.items())
-    for f in others:
-        assert list(inspect.signature(f).parameters.items())[: len(first)] == first
-    assert len(inspect.signature(others[0]).parameters) == len(first)
+    first, second, *more = (list(inspect.signature(f).parameters.items()) for f in RULES.values())
+    assert all(other[: len(first)] == first for other in more) and second == first
 
 def test_the_chunked_pytorch_copies_out():
     parts = kernels.l2norm, kernels.ChunkedTorch, kernels.torch_chunk_gated_delta_rule
@@ -319,22 +309,16 @@ def test_one_compiled_function_serves_heads_of_any_size():
         inputs = kernels.example(*shape)[:5]
         same(compiled(*inputs)[0], run(*inputs)[0], 1e-6)
 
-# ------------------------------------------------------------------- compiled for real chips
-
-class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **how: self.launches.append((self.kernel, grid, args, how))
-
 def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     """Every launch of a forward, a backward and a decoding step: kernel, grid, arguments, how."""
     found = []
-    for name, kernel in KERNELS.items():
-        monkeypatch.setattr(kernels, name, Recorder(kernel, found))
+
+    class Recorder(str):  # the name of a kernel, in its place
+        def __getitem__(self, grid):
+            return lambda *args, **how: found.append((KERNELS[self], grid, args, how))
+
+    for name in KERNELS:
+        monkeypatch.setattr(kernels, name, Recorder(name))
     q, v = (torch.zeros(B, 70, *n, dtype=dtype, device=device) for n in ((2, Dk), (4, Dv)))
     g, S = torch.zeros(B, 70, 4, device=device), torch.zeros(B, 4, Dk, Dv, device=device)
     x = q, q, v, g, g
@@ -518,20 +502,22 @@ def test_cache_padding_and_generation_agree_with_the_full_forward(family, kept):
 
 def test_caches_that_cannot_work_say_so(monkeypatch):
     student, x = hd.transfer_attention(make_teacher(), [0]), tokens(1, 6)
-    with pytest.raises(hd.UserError, match="cache_implementation"):
-        student.generate(x, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(NotImplementedError, match="cannot be rolled back"):
-        cache_of(student(x, use_cache=True)).crop(-2)
-    with pytest.raises(hd.UserError, match="another model"):
-        student(x, **{CACHE: cache_of(make_teacher()(x, use_cache=True))})
-    with pytest.raises(hd.UserError, match=r"\[batch, tokens\]"):
-        student(x, attention_mask=torch.ones(1, 1, 6, 6))
+    write = functools.partial(student.generate, x, max_new_tokens=2, **GREEDY)
+    ours, theirs = (cache_of(m(x, use_cache=True)) for m in (student, make_teacher()))
+    for error, sentence, call in (
+        (hd.UserError, "cache_implementation", lambda: write(cache_implementation="static")),
+        (hd.UserError, "another model", lambda: student(x, **{CACHE: theirs})),
+        (hd.UserError, r"\[batch, tokens\]", lambda: student(x, attention_mask=x[None, None])),
+        (NotImplementedError, "cannot be rolled back", lambda: ours.crop(-2)),
+    ):
+        with pytest.raises(error, match=sentence):
+            call()
     forward = hd.GatedDeltaNet.forward
     blind = lambda self, hidden_states, **others: forward(self, hidden_states)
     monkeypatch.setattr(hd.GatedDeltaNet, "forward", blind)
     with pytest.raises(RuntimeError, match="mixer of layer 1 was not given"):
-        student.generate(x, max_new_tokens=2)
-    student.generate(x, max_new_tokens=2, use_cache=False, **GREEDY)
+        write()
+    write(use_cache=False)
 
 @torch.no_grad()
 def test_packed_sequences_are_each_alone():
@@ -556,8 +542,6 @@ def test_sampling_continues_a_cache_beyond_the_training_length():
     x, how = torch.cat([first, tokens(1, 3)], 1), dict(max_new_tokens=90, do_sample=False, **how)
     more = student.generate(x, **{CACHE: cache}, **how)
     assert more.shape[1] == 128 and more.tolist() == student.generate(x, **how).tolist()
-
-# ----------------------------------------------------------------------------------------- losses
 
 @pytest.mark.parametrize("chunk", [None, 1, 7, 1000])
 def test_chunked_losses_match_the_plain_formulas(chunk):
@@ -725,8 +709,6 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(monkeypatch):
         found.append(Weights((n, p.grad) for n, p in student.named_parameters()))
     assert len(calls) == 4 + 8 and equal(*found)
 
-# -------------------------------------------------------------------------------------- training
-
 @pytest.mark.parametrize("name", STAGES)
 def test_micro_batches_and_a_full_memory_change_nothing(name, monkeypatch, capsys):
     def trained(**how):
@@ -831,9 +813,7 @@ def test_selection_finds_planted_layers(strategy):
 
 def test_candidates_in_groups_and_in_turn_score_as_all_at_once(tmp_path):
     teacher = planted([1])
-    score = functools.partial(
-        measured, hd.score_layers, teacher, ALONE, lr=1e-3, rest_lr=1e-4
-    )
+    score = functools.partial(measured, hd.score_layers, teacher, ALONE, lr=1e-3, rest_lr=1e-4)
     scores = [score(at_once=n) for n in (4, 3, 1)]
     assert scores[0] == scores[1] == scores[2] and list(scores[0]) == [0, 1, 2, 3]
     hybrid = hd.restore_attention(make_student(teacher), teacher, [2])
@@ -885,13 +865,8 @@ def test_rules_and_published_selections():
     }
     assert hd.PUBLISHED == {name: [int(i) for i in text.split()] for name, text in paper.items()}
 
-# --------------------------------------------------------------------- what the functions refuse
-
 def transfer(*args, **how):
     return hd.transfer_attention(make_teacher(), *args, **how)
-
-def other():
-    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10))
 
 def select(*args, kept=()):
     return hd.select_layers(transfer(kept), make_teacher(), [], HELD_OUT, *args)
@@ -901,11 +876,11 @@ def select(*args, kept=()):
     ("within 0..3", lambda: transfer([-1])),
     ("within 0..3", lambda: transfer([1, 1])),
     ("mixer must be one of gdn", lambda: transfer([0], mixer="mamba")),
-    ("LlamaForCausalLM.*not GPT2LMHeadModel", lambda: hd.transfer_attention(other(), [0])),
+    ("LlamaForCausalLM.*not GPT2LMHeadModel",
+     lambda: hd.transfer_attention(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12)), [0])),
     ("no linear layer", lambda: hd.align_hidden_states(transfer(range(4)), make_teacher(), [], 1)),
     ("float16", lambda: stage("distill", make_teacher().half())),
     ("no selection of 3", lambda: hd.place_layers("published", 28, 3, 0, "Qwen2.5-7B-Instruct")),
-    ("published for 'mine'", lambda: hd.place_layers("published", 6, 1, 0, "mine")),
     ("within 0..6", lambda: hd.place_layers("uniform", 6, 7)),
     ("placed by uniform", lambda: hd.place_layers("odd", 6, 1)),
     ("within 1..4, not 5", lambda: select(5, 1)),
@@ -919,8 +894,6 @@ def select(*args, kept=()):
 def test_a_wrong_call_gets_one_sentence(sentence, call):
     with pytest.raises(hd.UserError, match=sentence):
         call()
-
-# ------------------------------------------------------------------------------------------- data
 
 TEXTS = [" ".join(str(1000 * i + j) for j in range(4 + i % 7)) for i in range(60)]
 TINY = dict(align_tokens=64, align_length=16, align_batch=2, select_tokens=64, select_length=16,
@@ -1020,31 +993,24 @@ def test_iterated_selection_is_the_same_one_candidate_at_a_time(folder):
     layer = str(found[0]["chosen"][2])
     assert rounds[0][layer] != rounds[1][layer] != rounds[2][layer]
 
-SIGNALS = {  # when this file is there, the run gets this signal
-    ".lock": signal.SIGINT,
-    "align-*/metrics.jsonl": signal.SIGKILL,
-    "select-*/metrics.jsonl": signal.SIGKILL,
-    "distill-*/step-*/.metadata": signal.SIGKILL,
-}
-
 def test_stopped_again_and_again_a_run_ends_with_the_same_numbers(folder):
     assert hd.main(arguments(folder, "--out", folder / "calm")) == 0
     command = [sys.executable, HERE / "hybrid_distill.py", *arguments(folder)]
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for sign, how in SIGNALS.items():
+    saved = ("align-*/metrics.jsonl", "select-*/metrics.jsonl", "distill-*/step-*/.metadata")
+    for sign in (".lock", *saved):
         process, deadline = subprocess.Popen(command, **pipes), time.monotonic() + 120
         while not list((folder / "run").glob(sign)) and time.monotonic() < deadline:
             assert process.poll() in (None, 0)
             time.sleep(0.005)
-        process.send_signal(how)
+        process.send_signal(signal.SIGINT if sign == ".lock" else signal.SIGKILL)
         error = process.communicate()[1]
-        if how == signal.SIGINT:
+        if sign == ".lock":
             assert process.returncode == 130 and "the same command goes on" in error, error
     assert hd.main(arguments(folder)) == 0
     calm, run = report(folder / "calm"), report(folder / "run")
     assert run["rows"] == calm["rows"] and run["selection"] == calm["selection"]
-    ends = [weights(load(folder / name / "student")) for name in ("calm", "run")]
-    assert equal(*ends)
+    assert equal(*(weights(load(folder / name / "student")) for name in ("calm", "run")))
 
 WRONG = [
     (["--softmax-layers", "5"], "--softmax-layers must be within 1..4"),
@@ -1062,8 +1028,10 @@ WRONG = [
     (["--mixer", "mamba"], "the mixer must be one of gdn"),
     (["--held-out", "5000"], "part has"),
     (["--teacher", "nowhere"], "cannot use --teacher nowhere"),
-]
-NO_IDS = [np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1)]
+    *[(["--data", f"wrong-{n}.npy"], "must be a row of token ids, integers below 384")
+      for n in range(4)],
+]  # fmt: skip
+NO_TOKENS = [np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1)]
 
 def refusal(folder, capsys, *more):
     """What a run that is refused says."""
@@ -1073,13 +1041,10 @@ def refusal(folder, capsys, *more):
 @pytest.mark.parametrize("more,sentence", WRONG, ids=lambda value: str(value)[:24])
 def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
+    for n, ids in enumerate(NO_TOKENS):
+        np.save(f"wrong-{n}.npy", ids)
     error = refusal(folder, capsys, *more)
     assert sentence in error and "\n" not in error, error
-
-@pytest.mark.parametrize("ids", NO_IDS)
-def test_token_ids_that_are_none_are_refused(ids, folder, capsys):
-    np.save(folder / "ids.npy", ids)
-    assert "must be a row of token ids, integers below 384" in refusal(folder, capsys)
 
 def test_a_second_process_in_the_folder_is_refused(folder, capsys):
     with hd.locked(folder / "run"):
@@ -1117,9 +1082,8 @@ def test_a_student_on_the_hub_loads(saved_student, tmp_path):
     shutil.copytree(saved_student, hub / "snapshots" / ("0" * 40))
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("0" * 40)
-    command = [sys.executable, "-c", HUB, saved_student]
     env = {**os.environ, "HF_HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, **PIPED)
+    done = subprocess.run([sys.executable, "-c", HUB, saved_student], env=env, **PIPED)
     assert done.returncode == 0, done.stderr
     brought = {"numpy", "tokenizers", "tqdm", "transformers"}  # by transformers
     for file, others in (("hybrid_distill.py", brought), ("kernels.py", set())):
@@ -1194,8 +1158,6 @@ def test_lora_on_the_mixers_projections(saved_student):
     model(input_ids=tokens(1, 9), labels=tokens(1, 9)).loss.backward()
     trained = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
     assert any("layers.0.self_attn.g_proj.lora_B" in n for n in trained)
-
-# ------------------------------------------------------------------------------ recall, the README
 
 def test_needle_prompts_hold_their_answer():
     tokenizer, filler = hd.byte_tokenizer(), tokens(4000).numpy()
