@@ -120,7 +120,7 @@ def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([*command, "-k", "interpreted"], env=env, capture_output=True, text=True)
+    done = subprocess.run([*command, "-k", "interpreted"], env=env, **PIPED)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
     assert "skipped" not in done.stdout, done.stdout
 
