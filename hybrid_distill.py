@@ -62,9 +62,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 try:  # in a saved student this file is a module of a package, with kernels.py beside it
-    from .kernels import chunk_gated_delta_rule, decode_gated_delta_rule
+    from .kernels import chunk_gated_delta_rule, chunk_gla, decode_gated_delta_rule, recurrent_gla
 except ImportError:
-    from kernels import chunk_gated_delta_rule, decode_gated_delta_rule
+    from kernels import chunk_gated_delta_rule, chunk_gla, decode_gated_delta_rule, recurrent_gla
 
 class UserError(ValueError):
     """Something the caller can mend: one sentence, what was wrong and what would be right."""
@@ -76,23 +76,15 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------------------------------- the mixer
 
-class GatedDeltaNet(nn.Module):
-    """Gated DeltaNet [3] in the place of a softmax attention ([1]: gdn_v4). Per head:
+class LinearAttention(nn.Module):
+    """What the mixers share: q, k, v, y_t = W_o (RMSNorm(o_t) * SiLU(W_g x_t)), cache, padding.
 
-        q_t, k_t, v_t = SiLU(W_q x_t), SiLU(W_k x_t), SiLU(W_v x_t)   no RoPE, no short convolution;
-                        q and k are then L2-normalised, inside the kernel
-        g_t    = -exp(A_log) softplus(W_a x_t + dt_bias)              log-decay, <= 0
-        beta_t = sigmoid(W_b x_t)                                     write strength
-        S~_t   = exp(g_t) S_{t-1}                                     S decays first,
-        S_t    = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)             then its error is corrected
-        o_t    = S_t^T q_t Dh^-1/2                                    (three lines: kernels.py)
-        y_t    = W_o (RMSNorm(o_t) * SiLU(W_g x_t))
-
-    Another mixer is another class in this file with such a `from_attention`, `forward` and `fp32`,
-    named in `MIXERS`. Unlike the official code, the head size is the attention's own, and q/k/v
-    biases (Qwen2) and q/k norms (Qwen3, before the SiLU) are carried over.
+    A mixer is a subclass in this file, named in `MIXERS`, with the parameters of its gates, with
+    `gated(x, q, k, v)` -> q, k, v and gates, and with `rules`. The head size is the attention's
+    own, and q/k/v biases (Qwen2) and q/k norms (Qwen3) are carried over, unlike in the official
+    code.
     """
-    fp32 = ("A_log", "dt_bias")  # parameters that stay fp32 whatever the model is
+    fp32 = ()  # parameters that stay fp32 whatever the model is
 
     def __init__(self, hidden_size, num_heads, head_dim, layer_idx, std=0.02,
                  qkv_bias=False, o_bias=False, device=None, dtype=None):  # fmt: skip
@@ -103,23 +95,18 @@ class GatedDeltaNet(nn.Module):
         self.k_proj = nn.Linear(hidden_size, width, bias=qkv_bias, **to)
         self.v_proj = nn.Linear(hidden_size, width, bias=qkv_bias, **to)
         self.q_norm = self.k_norm = None  # set by from_attention (Qwen3)
-        self.a_proj = nn.Linear(hidden_size, num_heads, bias=False, **to)  # W_a: decay
-        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False, **to)  # W_b: write strength
+        self.init_gates(hidden_size, **to)
         self.g_proj = nn.Linear(hidden_size, width, bias=False, **to)  # W_g: output gate
         self.o_norm = nn.RMSNorm(head_dim, eps=1e-5, **to)
         self.o_proj = nn.Linear(width, hidden_size, bias=o_bias, **to)
-        for linear in (self.a_proj, self.b_proj, self.g_proj):
-            nn.init.normal_(linear.weight, std=std)
-        # exp(A_log) ~ U(0, 16), kept off 0: a head of log 0 never decays and never learns to.
-        # softplus(dt_bias) is log-uniform in [1e-3, 1e-1].
-        A = torch.empty(num_heads, device=device, dtype=torch.float32).uniform_(0, 16).clamp(1e-4)
-        dt = torch.empty_like(A).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.A_log = nn.Parameter(A.log())
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
+        of_teacher = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        for linear in self.modules():
+            if isinstance(linear, nn.Linear) and linear not in of_teacher:
+                nn.init.normal_(linear.weight, std=std)
 
     @classmethod
     @torch.no_grad()
-    def from_attention(cls, attn) -> GatedDeltaNet:
+    def from_attention(cls, attn) -> LinearAttention:
         """Stage 0 for one layer: a mixer that starts from copies of attn's W_q, W_k, W_v and W_o.
 
         attn: the self_attn of a Llama, Mistral, Qwen2 or Qwen3 layer of transformers. Mixer head h
@@ -158,31 +145,26 @@ class GatedDeltaNet(nn.Module):
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = F.silu(q), F.silu(k).to(q.dtype), F.silu(v).to(q.dtype)
-        # g_t = -exp(A_log) softplus(W_a x_t + dt_bias);  beta_t = sigmoid(W_b x_t)       both fp32
-        g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
-        beta = self.b_proj(x).float().sigmoid()
+        q, *written = self.gated(x, q, k, v)
         if padding_mask is not None:
             # Padding must leave S as it is: write nothing (k, v, beta = 0), decay nothing (g = 0).
-            real = padding_mask[:, -T:, None].to(device=x.device, dtype=g.dtype)
-            g, beta = g * real, beta * real
-            k, v = k * real[..., None].to(k.dtype), v * real[..., None].to(v.dtype)
+            real = padding_mask[:, -T:].to(device=x.device)
+            written = [t * real.view(B, T, *[1] * (t.ndim - 2)).to(t.dtype) for t in written]
 
-        # S~_t = exp(g_t) S_{t-1};  S_t = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t);  o_t = S_t^T q_t
-        norm = dict(use_qk_l2norm_in_kernel=True)
+        chunk_rule, decode_rule = self.rules()
         if cu_seqlens is not None and cache is not None:
             raise UserError("packed sequences leave no state for a cache: pass use_cache=False")
         if cache is not None:
             state = recurrent_state(cache, self.layer_idx)
-            rule = decode_gated_delta_rule if T == 1 else chunk_gated_delta_rule
             (S,) = state.tensors or (None,)
-            o, S = rule(q, k, v, g, beta, initial_state=S, output_final_state=True, **norm)
+            rule = decode_rule if T == 1 else chunk_rule
+            o, S = rule(q, *written, initial_state=S, output_final_state=True)
             state.advance((S,), T)
         elif cu_seqlens is not None:
-            packed = [t.reshape(1, B * T, *t.shape[2:]) for t in (q, k, v, g, beta)]
-            o = chunk_gated_delta_rule(*packed, cu_seqlens=cu_seqlens, **norm)[0].view(heads)
+            packed = [t.reshape(1, B * T, *t.shape[2:]) for t in (q, *written)]
+            o = chunk_rule(*packed, cu_seqlens=cu_seqlens)[0].view(heads)
         else:
-            o, _ = chunk_gated_delta_rule(q, k, v, g, beta, **norm)
+            o, _ = chunk_rule(q, *written)
 
         # y_t = W_o (RMSNorm(o_t) * SiLU(W_g x_t)), the norm per head and in fp32
         gate = self.g_proj(x).view(heads)
@@ -190,7 +172,62 @@ class GatedDeltaNet(nn.Module):
         o = F.rms_norm(o.float(), (self.head_dim,), weight, eps) * F.silu(gate.float())
         return self.o_proj(o.to(gate.dtype).flatten(2)), None
 
-MIXERS = {"gdn": GatedDeltaNet}  # by config.mixer
+class GatedDeltaNet(LinearAttention):
+    """Gated DeltaNet [3] in the place of a softmax attention ([1]: gdn_v4). Per head:
+
+        q_t, k_t, v_t = SiLU(W_q x_t), SiLU(W_k x_t), SiLU(W_v x_t)   no RoPE, no short convolution;
+                        q and k are then L2-normalised, inside the kernel
+        g_t    = -exp(A_log) softplus(W_a x_t + dt_bias)              log-decay, <= 0
+        beta_t = sigmoid(W_b x_t)                                     write strength
+        S~_t   = exp(g_t) S_{t-1}                                     S decays first,
+        S_t    = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)             then its error is corrected
+        o_t    = S_t^T q_t Dh^-1/2                                    (three lines: kernels.py)
+        y_t    = W_o (RMSNorm(o_t) * SiLU(W_g x_t))
+    """
+    fp32 = ("A_log", "dt_bias")
+
+    def init_gates(self, hidden_size, **to):
+        self.a_proj = nn.Linear(hidden_size, self.num_heads, bias=False, **to)  # W_a: decay
+        self.b_proj = nn.Linear(hidden_size, self.num_heads, bias=False, **to)  # W_b: write strength
+        # exp(A_log) ~ U(0, 16), kept off 0: a head of log 0 never decays and never learns to.
+        # softplus(dt_bias) is log-uniform in [1e-3, 1e-1].
+        A = torch.empty(self.num_heads, device=to["device"], dtype=torch.float32)
+        A, dt = A.uniform_(0, 16).clamp(1e-4), torch.empty_like(A)
+        dt.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+        self.A_log = nn.Parameter(A.log())
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
+
+    def gated(self, x, q, k, v):
+        q, k, v = F.silu(q), F.silu(k).to(q.dtype), F.silu(v).to(q.dtype)
+        # g_t = -exp(A_log) softplus(W_a x_t + dt_bias);  beta_t = sigmoid(W_b x_t)       both fp32
+        g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
+        return q, k, v, g, self.b_proj(x).float().sigmoid()
+
+    def rules(self):  # S~_t = exp(g_t) S_{t-1};  S_t = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)
+        rules = chunk_gated_delta_rule, decode_gated_delta_rule
+        return [functools.partial(rule, use_qk_l2norm_in_kernel=True) for rule in rules]
+
+class GatedLinearAttention(LinearAttention):
+    """GLA, the second mixer of [1] (arXiv 2312.06635): decay per key channel, no delta rule.
+
+        q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t           no RoPE, no SiLU, not normalised
+        g_t = log sigmoid(W_2 W_1 x_t + b) / 16             log-decay [Dk] of a head, <= 0; rank 16
+        S_t = Diag(exp(g_t)) S_{t-1} + k_t (x) v_t
+        o_t = S_t^T q_t Dh^-1/2                             then as in GatedDeltaNet
+    """
+    def init_gates(self, hidden_size, **to):
+        width = self.num_heads * self.head_dim
+        W_1, W_2 = nn.Linear(hidden_size, 16, bias=False, **to), nn.Linear(16, width, **to)
+        self.a_proj = nn.Sequential(W_1, W_2)
+        nn.init.zeros_(W_2.bias)
+
+    def gated(self, x, q, k, v):
+        return q, k, v, F.logsigmoid(self.a_proj(x).float()).view(q.shape) / 16
+
+    def rules(self):
+        return chunk_gla, recurrent_gla
+
+MIXERS = {"gdn": GatedDeltaNet, "gla": GatedLinearAttention}  # by config.mixer
 
 # ------------------------------------------------------------------- the hybrid model, its cache
 
@@ -770,7 +807,7 @@ class Scoring:
             self.evaluations += len(sets)
         else:
             self.spend(sum(curve[-1]["step"] for curve in curves.values()))
-        self.rounds.append({"kept": kept, "curves": curves})
+        self.rounds.append({"kept": kept or [], "curves": curves})
         return {i: curve[-1]["kl"] for i, curve in curves.items()}
 
     def spend(self, steps):

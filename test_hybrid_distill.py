@@ -951,7 +951,8 @@ def test_rules_and_published_selections():
              "Llama-3.2-3B-Instruct": "14 8 5 12 15 13 2 26 24 16 17 18 21 10",
              "Qwen2.5-1.5B-Instruct": "14 19 20 23 24 26 27 8 12",
              "Qwen2.5-7B-Instruct": "14 22 16 17 5 23 26 8 15"}
-    assert hd.PUBLISHED == {name: [int(i) for i in text.split()] for name, text in paper.items()}
+    assert all(hd.PUBLISHED[name, "ga_s2"] == [int(i) for i in text.split()]
+               for name, text in paper.items())
     teacher = make_teacher()
     student = make_student(teacher)
     select = lambda *args: hd.select_layers(student, teacher, [], HELD_OUT, *args)
@@ -962,7 +963,7 @@ def test_rules_and_published_selections():
         (lambda: place("odd", 6, 1), "placed by uniform"),
         (lambda: select(5, 1), "within 1..4, not 5"),
         (lambda: select(0, 1), "within 1..4, not 0"),
-        (lambda: select(1, 1, "best"), "'ga-s2' or 'greedy'"),
+        (lambda: select(1, 1, "best"), "one of ga-s1, ga-s2"),
         (lambda: hd.select_layers(make_student(teacher, [1]), teacher, [], HELD_OUT, 1, 1),
          "without softmax layers"),
     ):
@@ -1205,11 +1206,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 
 WRONG = [
     (["--softmax-layers", "5"], "--softmax-layers must be within 1..4"),
-    (["--select", "best"], "--select must be ga-s2, greedy, uniform"),
+    (["--select", "best"], "--select must be ga-s1, ga-s2, gr-s2"),
     (["--select", "9"], "softmax layers must be distinct and within 0..3"),
     (["--select", "published"], "no selection of 1 layers is published for 'teacher'"),
     (["--select", "1,2"], "as many as --select lists"),
-    (["--baselines", "middle"], "--baselines knows all-linear, uniform"),
+    (["--baselines", "middle"], "--baselines knows all-linear, ga-s1"),
     (["--data", "nothing.txt"], "cannot load --data nothing.txt"),
     (["--data", "nothing.npy"], "cannot load --data nothing.npy: there is no such file"),
     (["--data", ""], "--teacher and --data go together"),
