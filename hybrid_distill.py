@@ -44,6 +44,7 @@ import re
 import shutil
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -188,7 +189,7 @@ class GatedDeltaNet(LinearAttention):
 
     def init_gates(self, hidden_size, **to):
         self.a_proj = nn.Linear(hidden_size, self.num_heads, bias=False, **to)  # W_a: decay
-        self.b_proj = nn.Linear(hidden_size, self.num_heads, bias=False, **to)  # W_b: write strength
+        self.b_proj = nn.Linear(hidden_size, self.num_heads, bias=False, **to)  # W_b: strength
         # exp(A_log) ~ U(0, 16), kept off 0: a head of log 0 never decays and never learns to.
         # softplus(dt_bias) is log-uniform in [1e-3, 1e-1].
         A = torch.empty(self.num_heads, device=to["device"], dtype=torch.float32)
@@ -769,8 +770,9 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
         raise UserError(f"k, the number of layers to select, must be within 1..{L}, not {k}")
     if strategy not in SELECTORS:
         raise UserError(f"strategy must be one of {', '.join(SELECTORS)}, not {strategy!r}")
-    made = {} if made is None else made
-    x = Scoring(student, teacher, batches, held_out, k, steps, history, recall, made, scoring)
+    x = Scoring(student=student, teacher=teacher, batches=batches, held_out=held_out, k=k,
+                steps=steps, history=history, recall=recall, how=scoring, layers=range(L),
+                made={} if made is None else made, ranking=[], rounds=[], tokens=0, evaluations=0)
     importance = SELECTORS[strategy](x)
     ranking = x.ranking or best_first(importance)
     return Selection(ranking[:k], ranking, importance, x.rounds, x.tokens, x.evaluations)
@@ -778,30 +780,24 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
 def best_first(importance) -> list[int]:
     return sorted(importance, key=importance.get, reverse=True)
 
-class Scoring:
+class Scoring(types.SimpleNamespace):
     """What a selector scores with, the arguments of `select_layers`, and what it spent so far."""
-
-    def __init__(self, student, teacher, batches, held_out, k, steps, history, recall, made, how):
-        self.student, self.teacher, self.batches, self.held_out = student, teacher, batches, held_out
-        self.k, self.steps, self.history, self.recall = k, steps, history, recall
-        self.made, self.how, self.layers = made, how, range(len(mixers(student)))
-        self.ranking, self.rounds, self.tokens, self.evaluations = [], [], 0, 0
 
     def kl(self, sets, kept=(), steps=None, k=None) -> dict[int, float]:
         """Held-out KL of each hybrid of `sets` by `score_layers`; steps=0: without training.
 
         kept: what the sets share, for the record; k: how many of the lowest an early stop watches.
         """
-        steps, k, how = self.steps if steps is None else steps, k or self.k, dict(self.how)
-        early = [k, *sets.values()] if how.get("early_stop") else []
-        name, curves = str([sets, early]), self.made.get(str([sets, early]))
-        if not curves or steps > 0 == min(curve[-1]["step"] for curve in curves.values()):
-            save = how.pop("checkpoint", lambda group, early: None)
-            if steps == 0:
-                how["early_stop"], save = 0, lambda group, early: None
+        steps, k = self.steps if steps is None else steps, k or self.k
+        early = [k, *sets.values()] if self.how.get("early_stop") else []
+        name, none = str([sets, early]), lambda group, early: None
+        curves = self.made.get(name, {None: [{"step": -1}]})
+        if next(iter(curves.values()))[-1]["step"] < min(steps, 1):
+            save = self.how.get("checkpoint", none) if steps else none
+            how = {**self.how, "checkpoint": lambda group: save(group, early)}
+            how["early_stop"] = steps and how.get("early_stop", 0)
             curves = self.made[name] = score_layers(
-                self.student, self.teacher, self.batches, self.held_out, sets, steps, k=k,
-                checkpoint=lambda group: save(group, early), **how)  # fmt: skip
+                self.student, self.teacher, self.batches, self.held_out, sets, steps, k=k, **how)
         if steps == 0:
             curves = {i: curve[:1] for i, curve in curves.items()}
             self.evaluations += len(sets)
@@ -818,9 +814,9 @@ class Scoring:
 
 def ga_s1(x):
     """The stage-1 loss of each mixer, over the last tenth: the layer that aligns worst stays."""
-    last = x.history[-max(1, len(x.history) // 10) :]
-    if not last:
+    if not x.history:
         raise UserError("ga-s1 reads the history of stage 1: give history=")
+    last = x.history[-max(1, len(x.history) // 10) :]
     return {i: sum(row[f"layer {i}"] for row in last) / len(last) for i in x.layers}
 
 def ga_s2(x):
@@ -850,10 +846,9 @@ def mse(x):
     return ablate(x, lambda hidden, before, tokens: (hidden - before).float().square().mean())
 
 def ppl(x):
-    """The same zeroing: the teacher's perplexity, exp of the mean cross-entropy."""
-    def cross_entropy(hidden, before, tokens):
-        return cross_entropy_loss(hidden[:, :-1], x.teacher.lm_head, tokens[:, 1:])
-    return {i: math.exp(loss) for i, loss in ablate(x, cross_entropy).items()}
+    """The same zeroing: the log of the teacher's perplexity, which ranks as perplexity does."""
+    return ablate(x, lambda hidden, before, tokens: cross_entropy_loss(
+        hidden[:, :-1], x.teacher.lm_head, tokens[:, 1:]))  # fmt: skip
 
 @torch.no_grad()
 def ablate(x, error):
@@ -870,16 +865,16 @@ def ablate(x, error):
 
 def zeroed(model, i, measure):
     """measure(model), with the attention output of layer i zeroed."""
-    with replaced({i: model.model.layers[i].self_attn}, lambda i, how, y: torch.zeros_like(y)):
+    with replaced(model, [i], lambda i, how, y: torch.zeros_like(y)):
         return measure(model)
 
 @contextlib.contextmanager
-def replaced(attentions: dict, output):
-    """Within it, attention i gives output(i, its keyword arguments, its own output)."""
-    def hook(i):
-        return lambda attention, args, how, y: (output(i, how, y[0]), *y[1:])
-    handles = [attention.register_forward_hook(hook(i), with_kwargs=True)
-               for i, attention in attentions.items()]  # fmt: skip
+def replaced(model, layers, output):
+    """Within it, the attention of layers gives output(l, its keyword arguments, its own output)."""
+    def hook(attention, args, how, y):
+        return output(attention.layer_idx, how, y[0]), *y[1:]
+    attentions = [model.model.layers[i].self_attn for i in layers]
+    handles = [a.register_forward_hook(hook, with_kwargs=True) for a in attentions]
     try:
         yield
     finally:
@@ -940,7 +935,7 @@ def gates(x, lr=0.1, pull=0.5):
 
     groups = [{"params": list(theta), "lr": lr, "weight_decay": 0.0}]
     save = x.how.get("checkpoint", lambda sets, early: None)({"gates": ["gates", lr, pull]}, [])
-    with replaced({i: layer.self_attn for i, layer in enumerate(student.model.layers)}, mixed):
+    with replaced(student, x.layers, mixed):
         history = train(
             [theta], adamw(groups), losses, x.batches, x.steps, checkpoint=save,
             micro_batch=x.how.get("micro_batch"), evaluate_every=x.how.get("evaluate_every"),
@@ -1098,10 +1093,11 @@ def place_layers(how: str, L: int, k: int, seed=0, teacher_name="") -> list[int]
         raise UserError(f"layers are placed by {', '.join(RULES)}, not by {how!r}")
     if not 0 <= k <= L:
         raise UserError(f"the number of softmax layers must be within 0..{L}, not {k}")
-    in_order = score != "ga_s2" or len(published) != 9 or k in (7, 9)
-    if how.startswith("published") and (k > len(published) or not in_order):
-        known = ", ".join(f"{n} {len(ls)} by {by}" for (n, by), ls in PUBLISHED.items())
-        raise UserError(f"no selection of {k} layers by {score} is published for {name!r}: {known}")
+    known = [f"{other} ({len(layers)})" for (other, by), layers in PUBLISHED.items() if by == score]
+    unordered = score == "ga_s2" and len(published) == 9 and k not in (7, 9)
+    if how.startswith("published") and (k > len(published) or unordered):
+        raise UserError(f"no selection of {k} layers is published for {name!r} by {score}, but for "
+                        f"{', '.join(known)}")  # fmt: skip
     draw = torch.Generator().manual_seed(1000 * int(how[7:] or 0) + seed if "random" in how else 0)
     return {
         "uniform": [(i + 1) * L // k - 1 for i in range(k)],
@@ -1184,7 +1180,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--text-column", default="text", help="the column of text or, with --chat, messages")
     add("--chat", action="store_true", help="render the column with the tokenizer's chat template")
     add("--softmax-layers", type=int, metavar="K", help="softmax layers [embedded 1, else L/4]")
-    add("--select", default="ga-s2", help="layers 3,7,11 or one of " + ", ".join((*SELECTORS, *RULES)))
+    add("--select", default="ga-s2", help=f"3,7,11 or {', '.join((*SELECTORS, *RULES))}")
     add("--early-stop", type=int, default=0, help="evaluations with the same K best that end it")
     add("--evaluate-every", type=int, help="steps between evaluations of the selection [a fifth]")
     add("--candidates-at-once", type=int, help="candidates in memory at a time [what fits]")
@@ -1218,12 +1214,11 @@ def resolve(s, teacher):
     s.baselines = [name for name in (s.baselines or rows).split(",") if name != "none"]
     s.checkpointing = large if s.checkpointing is None else s.checkpointing
     names, is_list = (*SELECTORS, *RULES), re.fullmatch(r"\d+(,\d+)*", s.select)
+    known = ", ".join(names)
     if unknown := set(s.baselines) - {"all-linear", *names}:
-        known = ", ".join(names)
         raise UserError(f"--baselines knows all-linear, {known}, not {unknown.pop()!r}")
     listed = [int(i) for i in s.select.split(",")] if is_list else None
     if not listed and s.select not in names:
-        known = ", ".join(names)
         raise UserError(f"--select must be {known} or layers such as 3,7,11, not {s.select!r}")
     k = len(listed) if listed else s.softmax_layers
     k = k if k is not None else max(1, L // 4) if s.teacher else 1
