@@ -1712,6 +1712,13 @@ def markdown(report) -> str:
         parts.append(table([{"layer": i, **by_step[i]} for i in best_layers(curves)]))
     for kind, ranking in report["selection"].get("ranking_of_kind", {}).items():
         parts.append(f"Ranked on {kind} alone, best first: {ranking}\n")
+    ranked = {name: x["ranking"] for name, x in report["selections"].items() if x.get("ranking")}
+    def spearman(a, b):
+        return 1 - 6 * sum((a.index(i) - b.index(i)) ** 2 for i in a) / max(1, len(a) ** 3 - len(a))
+    if len(ranked) > 1:
+        parts.append("Rank correlation (Spearman) of the selectors:\n")
+        parts.append(table([{"selector": a, **{b: spearman(ranked[a], ranked[b]) for b in ranked}}
+                            for a in ranked]))  # fmt: skip
     return "\n".join(parts)
 
 def plan(s, teacher) -> str:

@@ -1422,6 +1422,7 @@ def test_one_command_compares_selectors(tmp_path):
     assert cost("ga-s2") == (4 * 64, 0) and cost("avg-s2") == (8 * 64, 0)
     assert cost("gates") == (64, 0) and cost("gates+ga-s2") == (3 * 64, 0)
     assert cost("mse") == (0, 5) and cost("smart") == (0, 4) and cost("first") == cost("ga-s1")
+    assert "| selector | gates+ga-s2 |" in (tmp_path / "run" / "report.md").read_text()
     done = {file: file.read_text() for file in (tmp_path / "run").glob("*/metrics.jsonl")}
     assert hd.main(arguments(tmp_path, *less, "--baselines", "gates,avg-s2")) == 0
     assert done == {f: f.read_text() for f in (tmp_path / "run").glob("*/metrics.jsonl")}
@@ -1499,7 +1500,8 @@ def test_a_gla_student_is_trained_saved_and_loaded(tmp_path):
     save_teacher(tmp_path / "teacher")
     assert hd.main(arguments(tmp_path, "--mixer", "gla", "--held-out", "20")) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["teacher", "kl-guided", "all-linear", "first"]
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["teacher", "kl-guided", "all-linear", "first"]
     student = load(tmp_path / "run" / "student")
     assert type(student.model.layers[report["selection"]["ranking"][-1]].self_attn).__name__ == \
         "GatedLinearAttention"
