@@ -790,14 +790,17 @@ class Scoring(types.SimpleNamespace):
         """
         steps, k = self.steps if steps is None else steps, k or self.k
         early = [k, *sets.values()] if self.how.get("early_stop") else []
-        name, none = str([sets, early]), lambda group, early: None
-        curves = self.made.get(name, {None: [{"step": -1}]})
-        if next(iter(curves.values()))[-1]["step"] < min(steps, 1):
+        names, none = {i: str([sets[i], early]) for i in sets}, lambda group, early: None
+        new = {i: layers for i, layers in sets.items()
+               if self.made.get(names[i], [{"step": -1}])[-1]["step"] < min(steps, 1)}  # fmt: skip
+        if new:
             save = self.how.get("checkpoint", none) if steps else none
             how = {**self.how, "checkpoint": lambda group: save(group, early)}
             how["early_stop"] = steps and how.get("early_stop", 0)
-            curves = self.made[name] = score_layers(
-                self.student, self.teacher, self.batches, self.held_out, sets, steps, k=k, **how)
+            found = score_layers(
+                self.student, self.teacher, self.batches, self.held_out, new, steps, k=k, **how)
+            self.made.update({names[i]: curve for i, curve in found.items()})
+        curves = {i: self.made[names[i]] for i in sets}
         if steps == 0:
             curves = {i: curve[:1] for i, curve in curves.items()}
             self.evaluations += len(sets)

@@ -1341,6 +1341,8 @@ def test_removal_scores_the_complement_and_what_is_shared_is_made_once(monkeypat
     assert zero.importance == {i: -ga.rounds[0]["curves"][i][0]["kl"] for i in range(4)}
     assert select(teacher, "zero-shot").importance == zero.importance  # alone, the same
     assert seen[2:] == [({i: [i] for i in range(4)}, 0)]
+    more = [select(teacher, n, steps=4, made=made) for n in ("gates+ga-s2", "greedy")]
+    assert len(seen) == 3 and more[1].importance == ga.importance  # they score ga-s2's candidates
     select(teacher, "zero-shot", made=(first := {}))
     assert select(teacher, "ga-s2", made=first).importance == ga.importance  # step 0 is no score
 
@@ -1413,18 +1415,19 @@ def test_published_rankings_of_every_score():
 
 def test_one_command_compares_selectors(tmp_path):
     save_teacher(tmp_path / "teacher")
-    names, less = "ga-s1,ga-s2,avg-s2,mse,smart,gates,first", ("--held-out", "20")
-    assert hd.main(arguments(tmp_path, *less, "--baselines", names, "--select", "gates+ga-s2")) == 0
+    names, less = "ga-s1,avg-s2,gates+ga-s2,mse,smart,gates,first", ("--held-out", "20")
+    assert hd.main(arguments(tmp_path, *less, "--baselines", names)) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    assert list(rows) == ["teacher", "gates+ga-s2", *names.split(",")]
+    assert list(rows) == ["teacher", "kl-guided", *names.split(",")]
     cost = lambda name: (rows[name]["selection_tokens"], rows[name]["selection_evaluations"])
-    assert cost("ga-s2") == (4 * 64, 0) and cost("avg-s2") == (8 * 64, 0)
+    assert cost("kl-guided") == (4 * 64, 0) and cost("avg-s2") == (8 * 64, 0)
     assert cost("gates") == (64, 0) and cost("gates+ga-s2") == (3 * 64, 0)
     assert cost("mse") == (0, 5) and cost("smart") == (0, 4) and cost("first") == cost("ga-s1")
-    assert "| selector | gates+ga-s2 |" in (tmp_path / "run" / "report.md").read_text()
+    assert "| selector | kl-guided | ga-s1 |" in (tmp_path / "run" / "report.md").read_text()
     done = {file: file.read_text() for file in (tmp_path / "run").glob("*/metrics.jsonl")}
-    assert hd.main(arguments(tmp_path, *less, "--baselines", "gates,avg-s2")) == 0
+    less = *less, "--select", "gr-s2"
+    assert hd.main(arguments(tmp_path, *less, "--baselines", "gates,ga-s2")) == 0
     assert done == {f: f.read_text() for f in (tmp_path / "run").glob("*/metrics.jsonl")}
 
 def test_ar_without_words_is_refused_before_anything_trains(tmp_path, capsys):
