@@ -45,6 +45,7 @@ import re
 import shutil
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -68,9 +69,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 try:  # in a saved student this file is a module of a package, with kernels.py beside it
-    from .kernels import chunk_gated_delta_rule, decode_gated_delta_rule
+    from .kernels import chunk_gated_delta_rule, chunk_gla, decode_gated_delta_rule, recurrent_gla
 except ImportError:
-    from kernels import chunk_gated_delta_rule, decode_gated_delta_rule
+    from kernels import chunk_gated_delta_rule, chunk_gla, decode_gated_delta_rule, recurrent_gla
 
 class UserError(ValueError):
     """Something the caller can mend: one sentence, what was wrong and what would be right."""
@@ -82,23 +83,15 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------------------------------- the mixer
 
-class GatedDeltaNet(nn.Module):
-    """Gated DeltaNet [3] in the place of a softmax attention ([1]: gdn_v4). Per head:
+class LinearAttention(nn.Module):
+    """What the mixers share: q, k, v, y_t = W_o (RMSNorm(o_t) * SiLU(W_g x_t)), cache, padding.
 
-        q_t, k_t, v_t = SiLU(W_q x_t), SiLU(W_k x_t), SiLU(W_v x_t)   no RoPE, no short convolution;
-                        q and k are then L2-normalised, inside the kernel
-        g_t    = -exp(A_log) softplus(W_a x_t + dt_bias)              log-decay, <= 0
-        beta_t = sigmoid(W_b x_t)                                     write strength
-        S~_t   = exp(g_t) S_{t-1}                                     S decays first,
-        S_t    = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)             then its error is corrected
-        o_t    = S_t^T q_t Dh^-1/2                                    (three lines: kernels.py)
-        y_t    = W_o (RMSNorm(o_t) * SiLU(W_g x_t))
-
-    Another mixer is another class in this file with such a `from_attention`, `forward` and `fp32`,
-    named in `MIXERS`. Unlike the official code, the head size is the attention's own, and q/k/v
-    biases (Qwen2) and q/k norms (Qwen3, before the SiLU) are carried over.
+    A mixer is a subclass in this file, named in `MIXERS`, with the parameters of its gates, with
+    `gated(x, q, k, v)` -> q, k, v and gates, and with `rules`. The head size is the attention's
+    own, and q/k/v biases (Qwen2) and q/k norms (Qwen3) are carried over, unlike in the official
+    code.
     """
-    fp32 = ("A_log", "dt_bias")  # parameters that stay fp32 whatever the model is
+    fp32 = ()  # parameters that stay fp32 whatever the model is
 
     def __init__(self, hidden_size, num_heads, head_dim, layer_idx, std=0.02,
                  qkv_bias=False, o_bias=False, device=None, dtype=None):  # fmt: skip
@@ -109,23 +102,18 @@ class GatedDeltaNet(nn.Module):
         self.k_proj = nn.Linear(hidden_size, width, bias=qkv_bias, **to)
         self.v_proj = nn.Linear(hidden_size, width, bias=qkv_bias, **to)
         self.q_norm = self.k_norm = None  # set by from_attention (Qwen3)
-        self.a_proj = nn.Linear(hidden_size, num_heads, bias=False, **to)  # W_a: decay
-        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False, **to)  # W_b: write strength
+        self.init_gates(hidden_size, **to)
         self.g_proj = nn.Linear(hidden_size, width, bias=False, **to)  # W_g: output gate
         self.o_norm = nn.RMSNorm(head_dim, eps=1e-5, **to)
         self.o_proj = nn.Linear(width, hidden_size, bias=o_bias, **to)
-        for linear in (self.a_proj, self.b_proj, self.g_proj):
-            nn.init.normal_(linear.weight, std=std)
-        # exp(A_log) ~ U(0, 16), kept off 0: a head of log 0 never decays and never learns to.
-        # softplus(dt_bias) is log-uniform in [1e-3, 1e-1].
-        A = torch.empty(num_heads, device=device, dtype=torch.float32).uniform_(0, 16).clamp(1e-4)
-        dt = torch.empty_like(A).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.A_log = nn.Parameter(A.log())
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
+        of_teacher = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        for linear in self.modules():
+            if isinstance(linear, nn.Linear) and linear not in of_teacher:
+                nn.init.normal_(linear.weight, std=std)
 
     @classmethod
     @torch.no_grad()
-    def from_attention(cls, attn) -> GatedDeltaNet:
+    def from_attention(cls, attn) -> LinearAttention:
         """Stage 0 for one layer: a mixer that starts from copies of attn's W_q, W_k, W_v and W_o.
 
         attn: the self_attn of a Llama, Mistral, Qwen2 or Qwen3 layer of transformers. Mixer head h
@@ -164,31 +152,26 @@ class GatedDeltaNet(nn.Module):
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = F.silu(q), F.silu(k).to(q.dtype), F.silu(v).to(q.dtype)
-        # g_t = -exp(A_log) softplus(W_a x_t + dt_bias);  beta_t = sigmoid(W_b x_t)       both fp32
-        g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
-        beta = self.b_proj(x).float().sigmoid()
+        q, *written = self.gated(x, q, k, v)
         if padding_mask is not None:
             # Padding must leave S as it is: write nothing (k, v, beta = 0), decay nothing (g = 0).
-            real = padding_mask[:, -T:, None].to(device=x.device, dtype=g.dtype)
-            g, beta = g * real, beta * real
-            k, v = k * real[..., None].to(k.dtype), v * real[..., None].to(v.dtype)
+            real = padding_mask[:, -T:].to(device=x.device)
+            written = [t * real.view(B, T, *[1] * (t.ndim - 2)).to(t.dtype) for t in written]
 
-        # S~_t = exp(g_t) S_{t-1};  S_t = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t);  o_t = S_t^T q_t
-        norm = dict(use_qk_l2norm_in_kernel=True)
+        chunk_rule, decode_rule = self.rules()
         if cu_seqlens is not None and cache is not None:
             raise UserError("packed sequences leave no state for a cache: pass use_cache=False")
         if cache is not None:
             state = recurrent_state(cache, self.layer_idx)
-            rule = decode_gated_delta_rule if T == 1 else chunk_gated_delta_rule
             (S,) = state.tensors or (None,)
-            o, S = rule(q, k, v, g, beta, initial_state=S, output_final_state=True, **norm)
+            rule = decode_rule if T == 1 else chunk_rule
+            o, S = rule(q, *written, initial_state=S, output_final_state=True)
             state.advance((S,), T)
         elif cu_seqlens is not None:
-            packed = [t.reshape(1, B * T, *t.shape[2:]) for t in (q, k, v, g, beta)]
-            o = chunk_gated_delta_rule(*packed, cu_seqlens=cu_seqlens, **norm)[0].view(heads)
+            packed = [t.reshape(1, B * T, *t.shape[2:]) for t in (q, *written)]
+            o = chunk_rule(*packed, cu_seqlens=cu_seqlens)[0].view(heads)
         else:
-            o, _ = chunk_gated_delta_rule(q, k, v, g, beta, **norm)
+            o, _ = chunk_rule(q, *written)
 
         # y_t = W_o (RMSNorm(o_t) * SiLU(W_g x_t)), the norm per head and in fp32
         gate = self.g_proj(x).view(heads)
@@ -196,7 +179,62 @@ class GatedDeltaNet(nn.Module):
         o = F.rms_norm(o.float(), (self.head_dim,), weight, eps) * F.silu(gate.float())
         return self.o_proj(o.to(gate.dtype).flatten(2)), None
 
-MIXERS = {"gdn": GatedDeltaNet}  # by config.mixer
+class GatedDeltaNet(LinearAttention):
+    """Gated DeltaNet [3] in the place of a softmax attention ([1]: gdn_v4). Per head:
+
+        q_t, k_t, v_t = SiLU(W_q x_t), SiLU(W_k x_t), SiLU(W_v x_t)   no RoPE, no short convolution;
+                        q and k are then L2-normalised, inside the kernel
+        g_t    = -exp(A_log) softplus(W_a x_t + dt_bias)              log-decay, <= 0
+        beta_t = sigmoid(W_b x_t)                                     write strength
+        S~_t   = exp(g_t) S_{t-1}                                     S decays first,
+        S_t    = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)             then its error is corrected
+        o_t    = S_t^T q_t Dh^-1/2                                    (three lines: kernels.py)
+        y_t    = W_o (RMSNorm(o_t) * SiLU(W_g x_t))
+    """
+    fp32 = ("A_log", "dt_bias")
+
+    def init_gates(self, hidden_size, **to):
+        self.a_proj = nn.Linear(hidden_size, self.num_heads, bias=False, **to)  # W_a: decay
+        self.b_proj = nn.Linear(hidden_size, self.num_heads, bias=False, **to)  # W_b: strength
+        # exp(A_log) ~ U(0, 16), kept off 0: a head of log 0 never decays and never learns to.
+        # softplus(dt_bias) is log-uniform in [1e-3, 1e-1].
+        A = torch.empty(self.num_heads, device=to["device"], dtype=torch.float32)
+        A, dt = A.uniform_(0, 16).clamp(1e-4), torch.empty_like(A)
+        dt.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+        self.A_log = nn.Parameter(A.log())
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
+
+    def gated(self, x, q, k, v):
+        q, k, v = F.silu(q), F.silu(k).to(q.dtype), F.silu(v).to(q.dtype)
+        # g_t = -exp(A_log) softplus(W_a x_t + dt_bias);  beta_t = sigmoid(W_b x_t)       both fp32
+        g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
+        return q, k, v, g, self.b_proj(x).float().sigmoid()
+
+    def rules(self):  # S~_t = exp(g_t) S_{t-1};  S_t = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)
+        rules = chunk_gated_delta_rule, decode_gated_delta_rule
+        return [functools.partial(rule, use_qk_l2norm_in_kernel=True) for rule in rules]
+
+class GatedLinearAttention(LinearAttention):
+    """GLA, the second mixer of [1] (arXiv 2312.06635): decay per key channel, no delta rule.
+
+        q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t           no RoPE, no SiLU, not normalised
+        g_t = log sigmoid(W_2 W_1 x_t + b) / 16             log-decay [Dk] of a head, <= 0; rank 16
+        S_t = Diag(exp(g_t)) S_{t-1} + k_t (x) v_t
+        o_t = S_t^T q_t Dh^-1/2                             then as in GatedDeltaNet
+    """
+    def init_gates(self, hidden_size, **to):
+        width = self.num_heads * self.head_dim
+        W_1, W_2 = nn.Linear(hidden_size, 16, bias=False, **to), nn.Linear(16, width, **to)
+        self.a_proj = nn.Sequential(W_1, W_2)
+        nn.init.zeros_(W_2.bias)
+
+    def gated(self, x, q, k, v):
+        return q, k, v, F.logsigmoid(self.a_proj(x).float()).view(q.shape) / 16
+
+    def rules(self):
+        return chunk_gla, recurrent_gla
+
+MIXERS = {"gdn": GatedDeltaNet, "gla": GatedLinearAttention}  # by config.mixer
 
 # ------------------------------------------------------------------- the hybrid model, its cache
 
@@ -792,39 +830,216 @@ def attention_io(model, tokens, layers) -> dict[int, tuple]:
 
 @dataclasses.dataclass
 class Selection:
-    """What `select_layers` found. Layers are 0-based, best first; KL is in nats a token."""
+    """Which layers stay softmax, and why. Layers are 0-based, best first; KL in nats a token."""
     chosen: list[int]  # the K layers that stay softmax
-    ranking: list[int]  # every layer
-    importance: dict[int, float]  # I(l) = -KL when l was last scored
-    rounds: list[dict]  # one a scoring round: {"kept", "curves": see score_layers}
+    ranking: list[int] = ()  # every layer
+    importance: dict[int, float] = dataclasses.field(default_factory=dict)  # when last scored
+    rounds: list[dict] = ()  # one a scoring round: {"kept", "curves": see score_layers}
+    tokens: int = 0  # of all candidates' training, as if no other selector had shared it
+    evaluations: int = 0  # without training: of all validation batches, or of recall
 
-def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2", **scoring):
-    """KL-guided selection: which k of the L layers should stay softmax? -> Selection
+def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2", history=(),
+                  recall=None, made=None, **scoring) -> Selection:  # fmt: skip
+    """Which k of the L layers should stay softmax, by a score in SELECTORS?
 
-        I(l) = -KL(teacher || student with only layer l restored to softmax, after a little stage 2)
-
-    student: the *all-linear* student after stage 1. scoring: the options of `score_layers`.
-    strategy: "ga-s2", the paper's greedy addition: score every layer once, keep the k best.
-    "greedy" iterates: keep the best, score the others with it kept, and so on. It does not pick two
-    layers that do the same job, and costs about k times as much.
+    student: the *all-linear* student after stage 1, with its `history` (for GA-S1). batches: what
+    candidates train on; held_out: {kind: [tokens [B, T], ...]}, what they are scored on.
+    recall(model): an accuracy (for AR). made: a dict that keeps scores from one call to the next.
+    scoring: the options of `score_layers`; `checkpoint(sets, early)` is given also what an early
+    end depends on.
     """
     L = len(mixers(student))
     if student.config.softmax_layers:
         raise UserError("selection starts from the all-linear student, without softmax layers")
     if not 1 <= k <= L:
         raise UserError(f"k, the number of layers to select, must be within 1..{L}, not {k}")
-    if strategy not in ("ga-s2", "greedy"):
-        raise UserError(f"strategy must be 'ga-s2' or 'greedy', not {strategy!r}")
-    kept, rounds, importance = [], [], {}
-    while len(kept) < k:
-        sets = {i: [*kept, i] for i in range(L) if i not in kept}
-        new = k if strategy == "ga-s2" else 1
-        curves = score_layers(student, teacher, batches, held_out, sets, steps, k=new, **scoring)
-        rounds.append({"kept": kept, "curves": curves})
-        importance |= {i: -curve[-1]["kl"] for i, curve in curves.items()}
-        order = best_layers(curves)
-        kept, others = kept + order[:new], order[new:]
-    return Selection(kept, kept + others, importance, rounds)
+    if strategy not in SELECTORS:
+        raise UserError(f"strategy must be one of {', '.join(SELECTORS)}, not {strategy!r}")
+    x = Scoring(student=student, teacher=teacher, batches=batches, held_out=held_out, k=k,
+                steps=steps, history=history, recall=recall, how=scoring, layers=range(L),
+                made={} if made is None else made, ranking=[], rounds=[], tokens=0, evaluations=0)
+    importance = SELECTORS[strategy](x)
+    ranking = x.ranking or best_first(importance)
+    return Selection(ranking[:k], ranking, importance, x.rounds, x.tokens, x.evaluations)
+
+def best_first(importance) -> list[int]:
+    return sorted(importance, key=importance.get, reverse=True)
+
+class Scoring(types.SimpleNamespace):
+    """What a selector scores with, the arguments of `select_layers`, and what it spent so far."""
+
+    def kl(self, sets, kept=(), steps=None, k=None) -> dict[int, float]:
+        """Held-out KL of each hybrid of `sets` by `score_layers`; steps=0: without training.
+
+        kept: what the sets share, for the record; k: how many of the lowest an early stop watches.
+        """
+        steps, k = self.steps if steps is None else steps, k or self.k
+        early = [k, *sets.values()] if self.how.get("early_stop") else []
+        names, none = {i: str([sets[i], early]) for i in sets}, lambda group, early: None
+        new = {i: layers for i, layers in sets.items()
+               if self.made.get(names[i], [{"step": -1}])[-1]["step"] < min(steps, 1)}  # fmt: skip
+        if new:
+            save = self.how.get("checkpoint", none) if steps else none
+            how = {**self.how, "checkpoint": lambda group: save(group, early)}
+            how["early_stop"] = steps and how.get("early_stop", 0)
+            found = score_layers(
+                self.student, self.teacher, self.batches, self.held_out, new, steps, k=k, **how)
+            self.made.update({names[i]: curve for i, curve in found.items()})
+        curves = {i: self.made[names[i]] for i in sets}
+        if steps == 0:
+            curves = {i: curve[:1] for i, curve in curves.items()}
+            self.evaluations += len(sets)
+        else:
+            self.spend(sum(curve[-1]["step"] for curve in curves.values()))
+        self.rounds.append({"kept": kept or [], "curves": curves})
+        return {i: curve[-1]["kl"] for i, curve in curves.items()}
+
+    def spend(self, steps):
+        batch = self.batches(0) if callable(self.batches) else self.batches[0]
+        self.tokens += steps * batch.numel()
+
+# Each selector: a Scoring -> {layer: importance}, larger = keep.
+
+def ga_s1(x):
+    """The stage-1 loss of each mixer, over the last tenth: the layer that aligns worst stays."""
+    if not x.history:
+        raise UserError("ga-s1 reads the history of stage 1: give history=")
+    last = x.history[-max(1, len(x.history) // 10) :]
+    return {i: sum(row[f"layer {i}"] for row in last) / len(last) for i in x.layers}
+
+def ga_s2(x):
+    """I(l) = -KL(teacher || all-linear with only l restored, after a little stage 2): GA-S2."""
+    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}).items()}
+
+def gr_s2(x):
+    """Greedy removal, the complement: I(l) = KL of all softmax but l, after a little stage 2."""
+    sets = {i: [j for j in x.layers if j != i] for i in x.layers}
+    return x.kl(sets, "every other layer", k=max(1, len(x.layers) - x.k))
+
+def avg_s2(x):
+    """The mean of the ranks of GA-S2 and GR-S2."""
+    ranks = [best_first(importance) for importance in (ga_s2(x), gr_s2(x))]
+    return {i: -sum(rank.index(i) for rank in ranks) / 2 for i in x.layers}
+
+def ar(x):
+    """The drop of the teacher's recall accuracy when the attention output of l is zeroed."""
+    if x.recall is None:
+        raise UserError("ar needs a measure of recall: give recall=")
+    before, drop, x.evaluations = x.recall(x.teacher), {}, len(x.layers) + 1
+    for i in x.layers:
+        with replaced(x.teacher, [i]):
+            drop[i] = before - x.recall(x.teacher)
+    return drop
+
+def mse(x):
+    """The same zeroing: mean squared error of what goes into the LM head. (The paper's layer and
+    normalisation are not known: its scripts hold the task scores alone.)"""
+    return ablate(x, lambda hidden, before, tokens: (hidden - before).float().square().mean())
+
+def ppl(x):
+    """The same zeroing: the log of the teacher's perplexity, which ranks as perplexity does."""
+    return ablate(x, lambda hidden, before, tokens: cross_entropy_loss(
+        hidden[:, :-1], x.teacher.lm_head, tokens[:, 1:]))  # fmt: skip
+
+@torch.no_grad()
+def ablate(x, error):
+    """{l: mean over the tokens of held_out of error(hidden states without l, with l, tokens)}."""
+    batches = [tokens.to(x.teacher.device) for kind in x.held_out.values() for tokens in kind]
+    sums, every = dict.fromkeys(x.layers, 0.0), sum(map(torch.numel, batches))
+    x.evaluations = len(x.layers) + 1
+    for tokens in batches:
+        before = last_hidden(x.teacher, tokens)
+        for i in x.layers:
+            with replaced(x.teacher, [i]):
+                wrong = error(last_hidden(x.teacher, tokens), before, tokens)
+            sums[i] += float(wrong) * tokens.numel() / every
+    return sums
+
+@contextlib.contextmanager
+def replaced(model, layers, output=lambda i, how, y: torch.zeros_like(y)):
+    """Within it, attention l of layers gives output(l, its keyword arguments, its own output)."""
+    def hook(attention, args, how, y):
+        return output(attention.layer_idx, how, y[0]), *y[1:]
+    attentions = [model.model.layers[i].self_attn for i in layers]
+    handles = [a.register_forward_hook(hook, with_kwargs=True) for a in attentions]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+def zero_shot(x):
+    """-KL of the all-linear student with only l restored, without training: step 0 of GA-S2."""
+    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}, steps=0).items()}
+
+def smart(x):
+    """Spread-out sensitivity: of all sets with the first and last layer, and with gaps between
+    floor(G) - 1 and ceil(G) + 1, G = (L-1)/(K-1), that of the largest sum of zero-shot scores."""
+    importance, end = zero_shot(x), x.layers[-1]
+    if x.k > 1:
+        low, high = max(1, end // (x.k - 1) - 1), -(-end // (x.k - 1)) + 1
+        paths = {0: [0]}  # {layer: the best path that ends there}
+        for _ in range(x.k - 1):
+            longer = [[*path, i] for path in paths.values() for i in x.layers
+                      if low <= i - path[-1] <= high]  # fmt: skip
+            longer.sort(key=lambda path: sum(importance[i] for i in path))  # the best comes last
+            paths = {path[-1]: path for path in longer}
+        best = {i: importance[i] for i in paths[end]}
+        x.ranking = best_first(best) + [i for i in best_first(importance) if i not in best]
+    return importance
+
+def greedy(x):
+    """GA-S2 iterated: keep the best, score the others with it kept, and so on. It does not pick two
+    layers that do the same job, and costs about K times as much."""
+    kept, importance = [], {}
+    while len(kept) < x.k:
+        others = [i for i in x.layers if i not in kept]
+        kl = x.kl({i: [*kept, i] for i in others}, kept, k=1)
+        importance |= {i: -kl[i] for i in others}
+        order = sorted(kl, key=kl.get)
+        kept, x.ranking = [*kept, order[0]], kept + order
+    return importance
+
+def gates(x, lr=0.1, pull=0.5):
+    """FlashMorph, arXiv 2606.30562: gates a_l in [0, 1], trained jointly, all else frozen.
+
+        y_l  = a_l attn_l(x) + (1 - a_l) mixer_l(x),   a_l = sigmoid(theta_l), 1/2 at first
+        loss = KL(teacher || student) + pull mean_l(a_l)
+    """
+    student = restore_attention(x.student, x.teacher, x.layers).requires_grad_(False)
+    linear = copy.deepcopy(mixers(x.student))
+    nn.ModuleList(linear.values()).requires_grad_(False)
+    theta = nn.ParameterList([torch.zeros(len(linear), device=student.device)])
+
+    def mixed(i, how, y):
+        a = theta[0][i].sigmoid()
+        return (a * y + (1 - a) * linear[i](**how)[0]).to(y.dtype)
+
+    def losses(tokens):
+        for _, kl in kl_to_teacher({"": student}, x.teacher, tokens):
+            yield "kl", kl, 1.0
+        yield "gates", theta[0].sigmoid().mean(), pull
+
+    groups = [{"params": list(theta), "lr": lr, "weight_decay": 0.0}]
+    save = x.how.get("checkpoint", lambda sets, early: None)({"gates": ["gates", lr, pull]}, [])
+    with replaced(student, x.layers, mixed):
+        history = train(
+            [theta], adamw(groups), losses, x.batches, x.steps, checkpoint=save, shared=True,
+            micro_batch=x.how.get("micro_batch"), evaluate_every=x.how.get("evaluate_every"),
+            evaluation=lambda: {"a": theta[0].sigmoid().tolist()})  # fmt: skip
+    x.spend(x.steps)
+    return dict(enumerate(history[-1]["a"]))
+
+def gates_ga_s2(x):
+    """Gates, then GA-S2 among the best 2 K of them."""
+    order = best_first(importance := gates(x))
+    kl = x.kl({i: [i] for i in sorted(order[: 2 * x.k])})
+    x.ranking = sorted(kl, key=kl.get) + order[2 * x.k :]
+    return importance | {i: -kl[i] for i in kl}
+
+SELECTORS = {"ga-s1": ga_s1, "ga-s2": ga_s2, "gr-s2": gr_s2, "avg-s2": avg_s2, "ar": ar, "mse": mse,
+             "ppl": ppl, "zero-shot": zero_shot, "smart": smart, "greedy": greedy, "gates": gates,
+             "gates+ga-s2": gates_ga_s2}  # fmt: skip
 
 def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, rest_lr=7e-6,
                  evaluate_every=None, early_stop=0, k=1, at_once=None, micro_batch=None,
@@ -926,15 +1141,34 @@ def held_out_kl(models: dict, teacher, held_out) -> dict[str, dict]:
         model.train(modes[name])
     return {str(name): means for name, means in sums.items()}
 
-# GA-S2 selections published with [1]'s code, 0-based, best first; of the last two teachers only the
+# What was published with [1]'s code, 0-based, best first. Of the last two teachers' ga_s2 only the
 # first seven and all nine are known, as sets.
+PUBLISHED = """
+Llama-3.2-3B | ar 0 16 11 14 7 5 9 13 2 12 1 8 27 26
+Llama-3.2-3B | ar_multihop 0 13 12 16 11 7 23 14 10 5 21 25 9 8
+Llama-3.2-3B | ga_s2 14 8 5 12 15 13 2 26 24 16 17 18 21 10
+Llama-3.2-3B | mse 0 1 27 24 25 2 26 4 15 23 19 21 3 18 | ppl 0 1 27 2 24 3 26 25 4 14 15 19 16 5
+Llama-3.2-3B | gla 14 8 12 5 16 15 13 2 24 17 18 26 21 10
+Qwen2.5-1.5B | ar 0 16 13 22 1 14 18 15 27 | ar_multihop 0 16 20 11 13 22 12 27 15
+Qwen2.5-1.5B | ga_s2 14 19 20 23 24 26 27 8 12 | mse 0 27 1 2 3 26 4 21 24
+Qwen2.5-1.5B | ppl 0 1 27 25 26 21 2 22 24
+Qwen2.5-3B | ar 0 1 27 18 20 25 24 26 21 8 12 19 23 7 35 17 33 22
+Qwen2.5-3B | ar_multihop 0 1 27 21 26 16 20 5 23 24 18 6 13 3 9 22 8 17
+Qwen2.5-3B | ga_s2 20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13
+Qwen2.5-3B | mse 0 1 35 34 31 33 32 30 8 12 27 3 4 2 6 5 28 10
+Qwen2.5-3B | ppl 0 1 35 34 32 31 33 30 27 12 6 5 9 8 29 2 4 7
+Qwen2.5-3B | gla 33 32 20 25 31 21 22 30 27 17 5 19 26 7 29 28 3 15
+Qwen2.5-7B | ar 0 6 27 15 16 22 1 13 14 | ar_multihop 0 27 10 6 14 16 13 22 5
+Qwen2.5-7B | ga_s2 14 22 16 17 5 23 26 8 15 | mse 0 27 3 26 4 9 24 23 25
+Qwen2.5-7B | ppl 0 27 3 26 23 25 24 9 6
+"""
 PUBLISHED = {
-    "Qwen2.5-3B-Instruct": [20, 32, 33, 21, 22, 25, 17, 19, 5, 31, 4, 3, 10, 30, 26, 29, 27, 13],
-    "Llama-3.2-3B-Instruct": [14, 8, 5, 12, 15, 13, 2, 26, 24, 16, 17, 18, 21, 10],
-    "Qwen2.5-1.5B-Instruct": [14, 19, 20, 23, 24, 26, 27, 8, 12],
-    "Qwen2.5-7B-Instruct": [14, 22, 16, 17, 5, 23, 26, 8, 15],
+    (f"{teacher.strip()}-Instruct", score): [int(i) for i in layers]
+    for teacher, *by in (line.split("|") for line in PUBLISHED.strip().splitlines())
+    for score, *layers in map(str.split, by)
 }
 RULES = ("uniform", "centred", "random", "random-1", "random-2", "first", "last", "published")
+RULES += tuple(f"published:{score}" for score in ("ar", "ar_multihop", "mse", "ppl", "gla"))
 
 def place_layers(how: str, L: int, k: int, seed=0, teacher_name="") -> list[int]:
     """k of L layers by a rule that looks at no data:
@@ -942,16 +1176,20 @@ def place_layers(how: str, L: int, k: int, seed=0, teacher_name="") -> list[int]
     uniform    (i+1) L // k - 1, the official code's for Llama-3.2-3B; it ends with the last layer
     centred    int((i + 1/2) L / k), the same spacing, moved to the middle
     random     drawn with `seed`, random-1 and random-2 two more draws;  first, last: k at that end
-    published  the GA-S2 selection published for `teacher_name` (its last path component)
+    published  the GA-S2 selection published for `teacher_name` (its last path component), and
+               published:ar, ... those by other scores; published:gla is GA-S2's of GLA students
     """
-    name = teacher_name.rstrip("/").split("/")[-1]
-    published = PUBLISHED.get(name, [])
+    name, score = teacher_name.rstrip("/").split("/")[-1], how.partition(":")[2] or "ga_s2"
+    published = PUBLISHED.get((name, score), [])
     if how not in RULES:
         raise UserError(f"layers are placed by {', '.join(RULES)}, not by {how!r}")
     if not 0 <= k <= L:
         raise UserError(f"the number of softmax layers must be within 0..{L}, not {k}")
-    if how == "published" and (k > len(published) or len(published) == 9 and k not in (7, 9)):
-        raise UserError(f"no selection of {k} layers is published for {name!r}: {PUBLISHED}")
+    known = [f"{other} ({len(layers)})" for (other, by), layers in PUBLISHED.items() if by == score]
+    unordered = score == "ga_s2" and len(published) == 9 and k not in (7, 9)
+    if how.startswith("published") and (k > len(published) or unordered):
+        raise UserError(f"no selection of {k} layers is published for {name!r} by {score}, but for "
+                        f"{', '.join(known)}")  # fmt: skip
     draw = torch.Generator().manual_seed(1000 * int(how[7:] or 0) + seed if "random" in how else 0)
     return {
         "uniform": [(i + 1) * L // k - 1 for i in range(k)],
@@ -960,7 +1198,7 @@ def place_layers(how: str, L: int, k: int, seed=0, teacher_name="") -> list[int]
         "first": list(range(k)),
         "last": list(range(L - k, L)),
         "published": published[:k],
-    }[how.split("-")[0]]
+    }[re.split("[-:]", how)[0]]
 
 # ------------------------------------------------------------- stages 2 and 3: matching, finetuning
 
@@ -1034,11 +1272,11 @@ def parse(argv=None) -> argparse.Namespace:
     add("--text-column", default="text", help="the column of text or, with --chat, messages")
     add("--chat", action="store_true", help="render the column with the tokenizer's chat template")
     add("--softmax-layers", type=int, metavar="K", help="softmax layers [embedded 1, else L/4]")
-    add("--select", default="ga-s2", help=f"ga-s2, greedy, {', '.join(RULES)} or 3,7,11")
+    add("--select", default="ga-s2", help=f"3,7,11 or {', '.join((*SELECTORS, *RULES))}")
     add("--early-stop", type=int, default=0, help="evaluations with the same K best that end it")
     add("--evaluate-every", type=int, help="steps between evaluations of the selection [half]")
     add("--candidates-at-once", type=int, help="candidates in memory at a time [L/8]")
-    add("--baselines", help="further rows: all-linear or rules, comma-separated; or none")
+    add("--baselines", help="further rows: all-linear, any of --select, or none")
     add("--mixer", default="gdn", help=f"the linear attention: {', '.join(MIXERS)}")
     add("--out", default="runs/default", help="the run folder; the same command goes on in it")
     add("--seed", type=int, default=0, help="of teacher, data order, gates and random baselines")
@@ -1071,22 +1309,23 @@ def resolve(s, teacher):
     rows += ",first,last,random-1,random-2" if s.teacher and not large else ""
     s.baselines = [name for name in (s.baselines or rows).split(",") if name != "none"]
     s.checkpointing = large if s.checkpointing is None else s.checkpointing
-    if unknown := set(s.baselines) - {"all-linear", *RULES}:
-        raise UserError(f"--baselines knows all-linear, {', '.join(RULES)}, not {unknown.pop()!r}")
-    is_list = re.fullmatch(r"\d+(,\d+)*", s.select)
+    names, is_list = (*SELECTORS, *RULES), re.fullmatch(r"\d+(,\d+)*", s.select)
+    known = ", ".join(names)
+    if unknown := set(s.baselines) - {"all-linear", *names}:
+        raise UserError(f"--baselines knows all-linear, {known}, not {unknown.pop()!r}")
     listed = [int(i) for i in s.select.split(",")] if is_list else None
-    if not listed and s.select not in ("ga-s2", "greedy", *RULES):
-        known = ", ".join(("ga-s2", "greedy", *RULES))
+    if not listed and s.select not in names:
         raise UserError(f"--select must be {known} or layers such as 3,7,11, not {s.select!r}")
     k = len(listed) if listed else s.softmax_layers
     k = k if k is not None else max(1, L // 4) if s.teacher else 1
     if s.softmax_layers not in (None, k) or not 1 <= k <= L:
         raise UserError(f"--softmax-layers must be within 1..{L}, the teacher's layers, and as "
                         f"many as --select lists, not {s.softmax_layers or k}")  # fmt: skip
-    s.softmax_layers, s.placed = k, check_layers(listed, L) if listed else None
-    s.vocab = teacher.config.vocab_size
-    if s.select in RULES:
-        s.placed = place_layers(s.select, L, k, s.seed, s.teacher)
+    s.softmax_layers, s.vocab, s.placed = k, teacher.config.vocab_size, {"all-linear": []}
+    if listed:
+        s.select, s.placed["given"] = "given", check_layers(listed, L)
+    for name in {s.select, *s.baselines} & set(RULES):
+        s.placed[name] = place_layers(name, L, k, s.seed, s.teacher)
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -1150,6 +1389,9 @@ class EmbeddedCorpus:
         asked = known.gather(1, order[..., None].expand(-1, -1, 2))
         return text, torch.cat([known, asked], 1).flatten(1)[:, :length]
 
+    def words(self):
+        return self.KEYS, self.VALUES
+
     def recall(self, model, count=256) -> dict:
         """The share of right answers to prompts of 32 pairs."""
         draw = seeded(self.seed, "recall")
@@ -1186,6 +1428,15 @@ class TokenCorpus:
                 f"the {part} part has {len(self.parts[part])} tokens, too few for a sequence of "
                 f"{length}: give more data, shorter sequences or a smaller --held-out")  # fmt: skip
         return self.parts[part][: count * length].reshape(count, length)
+
+    def words(self):
+        """Keys and values for associative recall: the most frequent words of one token."""
+        known = self.tokenizer.get_vocab() if self.tokenizer else {}
+        ids = sorted(i for word, i in known.items() if re.fullmatch("[Ġ▁][a-z]{3,}", word))
+        if len(ids) < 128:
+            raise UserError("ar needs a tokenizer with words of one token to ask for: this one has "
+                            f"{len(ids)}, and 128 are needed")  # fmt: skip
+        return torch.tensor(ids[:128:2]), torch.tensor(ids[1:128:2])
 
     def recall(self, model, lengths=(512, 1024, 2048, 4096), count=32) -> dict:
         """The share of needles found, one or one of four, in so many tokens of the test part."""
@@ -1454,6 +1705,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     first one evaluates and writes.
     """
     out, L, b, first = Path(s.out), len(teacher.model.layers), s.budgets, rank_and_world()[0] == 0
+    names = list(dict.fromkeys([s.select, *s.baselines]))
+    words = corpus.words() if "ar" in names else None
     base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), s.seed, s.mixer]
     base.append(corpus.identity)
     batches = {stage: corpus.batches(stage, budget) for stage, budget in b.items()}
@@ -1463,44 +1716,55 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         folder = out / f"{name}-{key([base, *after])}"
         return stages.setdefault(folder.name, Checkpoint(folder, keep))
 
-    def of_group(sets):
-        early = [s.early_stop, s.select, s.softmax_layers] if s.early_stop else []
+    def of_group(sets, early):
+        early = [s.early_stop, *early] if early else []
         after = [b["align"], b["select"], s.evaluate_every, s.held_out, early, [*sets.values()]]
         return checkpoint(f"select-{'-'.join(map(str, sets))}", *after, keep=False)
 
     def train_stage(stage, student, *inputs, **options):
         torch.manual_seed(s.seed)
         stage = functools.partial(sharded, stage) if s.shard else stage
-        stage(student, *inputs, micro_batch=s.micro_batch, **options)
+        return stage(student, *inputs, micro_batch=s.micro_batch, **options)
 
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
     if s.checkpointing:
         recompute_activations(student)
-    train_stage(align_hidden_states, student, teacher, batches["align"], b["align"].steps,
-                b["align"].lr, b["align"].lr / 100, checkpoint=checkpoint("align", b["align"]))
+    aligned = train_stage(
+        align_hidden_states, student, teacher, batches["align"], b["align"].steps, b["align"].lr,
+        b["align"].lr / 100, checkpoint=checkpoint("align", b["align"]))  # fmt: skip
 
-    selection = {"name": s.select if s.select in RULES else "given", "chosen": s.placed}
-    if s.placed is None:
-        validation = corpus.held_out("validation", s.held_out, b["select"].length)
+    def recall(model):
+        return recall_accuracy(model, *recall_prompts(*words, 32, 256, seeded(s.seed, "ar")))
+
+    selections, made, validation = {}, {}, None
+    for name in names:
+        if name in s.placed:
+            selections[name] = Selection(s.placed[name])
+            continue
+        validation = validation or corpus.held_out("validation", s.held_out, b["select"].length)
         torch.manual_seed(s.seed)
         found = select_layers(
             student, teacher, batches["select"], validation, s.softmax_layers, b["select"].steps,
-            s.select, lr=b["select"].lr, rest_lr=b["select"].rest_lr, at_once=s.candidates_at_once,
-            evaluate_every=s.evaluate_every, early_stop=s.early_stop, micro_batch=s.micro_batch,
-            checkpoint=of_group, shard=s.shard)  # fmt: skip
-        curves = found.rounds[0]["curves"]
+            name, aligned, recall, made, lr=b["select"].lr, rest_lr=b["select"].rest_lr,
+            at_once=s.candidates_at_once, evaluate_every=s.evaluate_every, early_stop=s.early_stop,
+            micro_batch=s.micro_batch, checkpoint=of_group, shard=s.shard)  # fmt: skip
+        selections[name] = gather(found)[0]  # a tie may fall otherwise on another GPU
+    selection = {"name": s.select, **dataclasses.asdict(selections.pop(s.select))}
+    if s.select in ("ga-s2", "greedy"):
+        curves, selection["name"] = selection["rounds"][0]["curves"], "kl-guided"
         of_kind = {kind: best_layers(curves, kind=f"kl_{kind}") for kind in validation}
-        selection = {"name": "kl-guided", **dataclasses.asdict(found), "ranking_of_kind": of_kind}
+        selection["ranking_of_kind"] = of_kind
+    if first:
+        write(out / "selection.json", json.dumps(selection, indent=1))
 
     test = corpus.held_out("test", s.held_out, b["distill"].length)
-    places = {"teacher": range(L), selection["name"]: sorted(selection["chosen"])}
-    for name in s.baselines:
-        rule = (name, L, s.softmax_layers, s.seed, s.teacher)
-        places.setdefault(name, () if name == "all-linear" else place_layers(*rule))
+    found = {name: dataclasses.asdict(one) for name, one in selections.items()}
+    found = {"teacher": {"chosen": [*range(L)]}, selection["name"]: selection, **found}
+    places = {name: sorted(one["chosen"]) for name, one in found.items()}
 
     def row_file(layers):
-        after = [b["align"], list(layers), b["distill"], b["finetune"], s.held_out]
+        after = [b["align"], layers, b["distill"], b["finetune"], s.held_out]
         return out / f"row-{key([base, *after])}.json"
 
     done = [name for name, layers in places.items() if row_file(layers).exists()]
@@ -1525,10 +1789,12 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             write(row_file(layers), json.dumps(row))
     if not first:
         return {}
-    rows = [{"name": name, **json.loads(row_file(of).read_text())} for name, of in places.items()]
+    rows = []
+    for name, layers in places.items():
+        cost = {f"selection_{what}": found[name].get(what, 0) for what in ("tokens", "evaluations")}
+        rows.append({"name": name, **json.loads(row_file(layers).read_text()), **cost})
     report = {"teacher": s.teacher or "embedded", "machine": machine(s.device), "rows": rows}
-    report |= {"selection": selection, "stages": stage_rows(stages.values())}
-    write(out / "selection.json", json.dumps(selection, indent=1))
+    report |= {"selection": selection, "selections": found, "stages": stage_rows(stages.values())}
     write(out / "report.json", json.dumps(report, indent=1))
     write(out / "report.md", markdown(report))
     return report
@@ -1582,13 +1848,22 @@ def markdown(report) -> str:
         parts.append(table([{"layer": i, **by_step[i]} for i in best_layers(curves)]))
     for kind, ranking in report["selection"].get("ranking_of_kind", {}).items():
         parts.append(f"Ranked on {kind} alone, best first: {ranking}\n")
+    ranked = {name: x["ranking"] for name, x in report["selections"].items() if x.get("ranking")}
+    def spearman(a, b):
+        return 1 - 6 * sum((a.index(i) - b.index(i)) ** 2 for i in a) / max(1, len(a) ** 3 - len(a))
+    if len(ranked) > 1:
+        parts.append("Rank correlation (Spearman) of the selectors:\n")
+        parts.append(table([{"selector": a, **{b: spearman(ranked[a], ranked[b]) for b in ranked}}
+                            for a in ranked]))  # fmt: skip
     return "\n".join(parts)
 
 def plan(s, teacher) -> str:
     """What a run will train, by arithmetic."""
     L, students = len(teacher.model.layers), 1 + len(s.baselines)
-    rounds = 0 if s.placed else s.softmax_layers if s.select == "greedy" else 1
-    candidates, memory = sum(range(L - rounds + 1, L + 1)), 18 * teacher.num_parameters() / 2**30
+    K, memory = s.softmax_layers, 18 * teacher.num_parameters() / 2**30
+    runs = {"ga-s2": L, "gr-s2": L, "avg-s2": 2 * L, "greedy": sum(range(L - K + 1, L + 1))}
+    runs |= {"gates": 1, "gates+ga-s2": 1 + min(L, 2 * K)}  # at most: what is shared is done once
+    candidates = sum(runs.get(name, 0) for name in {s.select, *s.baselines})
     times = dict(align=1, select=candidates, distill=students, finetune=students)
     rows = [{"stage": stage, "times": times[stage], **vars(b)} for stage, b in s.budgets.items()]
     return (f"{s.teacher or 'embedded teacher'}: {L} layers, {s.softmax_layers} stay softmax; a "

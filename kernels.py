@@ -890,6 +890,89 @@ def decode_gated_delta_rule(
     o, S = launch_decode(*inputs, scale, use_qk_l2norm_in_kernel)
     return o, S if output_final_state else None
 
+# ------------------------------------------------------------------- gated linear attention (GLA)
+
+def recurrent_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=False):
+    """Gated linear attention token by token: decay per key channel, no correction of the error.
+
+        S_t = Diag(exp(g_t)) S_{t-1} + k_t (x) v_t,   o_t = scale S_t^T q_t,   scale = Dk^-1/2
+
+    q, k, g (log-decay <= 0) [B, T, H, Dk]; v [B, T, H, Dv]; state [B, H, Dk, Dv]. It works in fp32,
+    or in fp64 if q is. Returns o in the dtype of v, and the final state or None.
+    Source: arXiv 2312.06635.
+    """
+    (B, T, H, Dk), Dv, dtype = q.shape, v.shape[-1], v.dtype
+    work = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, g = (x.to(work) for x in (q, k, v, g))
+        S = q.new_zeros(B, H, Dk, Dv) if initial_state is None else initial_state.to(work)
+        outputs = []
+        for t in range(T):
+            S = g[:, t, :, :, None].exp() * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+            outputs.append((q[:, t, :, None, :] @ S).squeeze(-2))
+        o = torch.stack(outputs, 1) * (Dk**-0.5 if scale is None else scale)
+    return o.to(dtype), S if output_final_state else None
+
+def chunk_gla(
+    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+):  # fmt: skip
+    """recurrent_gla in chunks of C = 64, in PyTorch, with the same arguments and returns.
+
+    A decay per channel stands inside the product q_i.k_j, as exp(sum of g over j < t <= i): too
+    many numbers, and as exp(b_i) exp(-b_j), b = cumsum(g), it overflows. But where a token m is
+    between, it is exp(sum over m < t <= i) exp(sum over j < t <= m), a factor <= 1 for each side.
+    So blocks of 1, 2, 4, ... C/2 tokens are read by the block behind them, m the end of the first.
+    Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as in
+    chunk_gated_delta_rule.
+    """
+    if not q.shape == k.shape == g.shape or q.shape[:3] != v.shape[:3]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, g, v))
+        raise ValueError(f"q, k and g must be [B, T, H, Dk] and v [B, T, H, Dv], not {shapes}")
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, q.shape[1])
+        ends, parts = cu_seqlens.tolist(), []
+        for n, (i, j) in enumerate(zip(ends, ends[1:])):
+            S = None if initial_state is None else initial_state[n : n + 1]
+            parts.append(chunk_gla(*(x[:, i:j] for x in (q, k, v, g)), scale, S, True))
+        o, S = (torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 0)))
+        return o, S if output_final_state else None
+
+    (B, T, H, Dk), Dv, dtype = q.shape, v.shape[-1], v.dtype
+    C = min(64, 1 << (T - 1).bit_length())  # a power of two
+    work = torch.promote_types(q.dtype, torch.float32)
+
+    def chunks(x):  # [B, T, H, D] -> [chunks, B, H, C, D]; k = v = g = 0 changes nothing
+        x = F.pad(x.to(work), (0, 0, 0, 0, 0, -T % C))
+        return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4)
+
+    def from_start(g):  # [..., C, D] -> decay from the start to token i, which includes g_i
+        return g.cumsum(-2).exp()
+
+    def to_end(g):  # [..., C, D] -> decay from token j, without g_j, to the end
+        return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2).exp()
+
+    with torch.autocast(q.device.type, enabled=False):
+        q = q.to(work) * (Dk**-0.5 if scale is None else scale)
+        q, k, v, g = map(chunks, (q, k, v, g))
+        S = q.new_zeros(B, H, Dk, Dv) if initial_state is None else initial_state.to(work)
+        # 1. every token reads itself
+        o, size = (q * k).sum(-1, keepdim=True) * v, 1
+        # 2. the second of two blocks reads the first
+        while size < C:
+            (_, q2), (k1, _), (v1, _), (g1, g2) = (
+                x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, v, g))  # fmt: skip
+            o2 = (q2 * from_start(g2)) @ (k1 * to_end(g1)).mT @ v1
+            o = o + torch.stack([torch.zeros_like(o2), o2], -3).flatten(-4, -2)
+            size *= 2
+        # 3. every chunk reads the state that the chunks before it left
+        Q, K, gamma_C, read = q * from_start(g), k * to_end(g), g.sum(-2).exp()[..., None], []
+        for n in range(len(q)):
+            read.append(Q[n] @ S)
+            S = gamma_C[n] * S + K[n].mT @ v[n]
+        o = o + torch.stack(read)
+    o = o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].to(dtype)
+    return o, S if output_final_state else None
+
 # ------------------------------------------------------------------- python kernels.py
 
 LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}

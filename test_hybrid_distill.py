@@ -1,6 +1,7 @@
 """Tests of hybrid_distill.py and kernels.py: `pytest`, no GPU and no network needed."""
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -857,13 +858,6 @@ def test_rules_and_published_selections():
     draws = [place(f"random{n}", 28, 7, seed) for seed in (0, 1) for n in ("", "-1", "-2")]
     assert len(set(map(tuple, draws))) == 6 and draws[0] == place("random", 28, 7, 0)
     assert place("published", 28, 7, 0, "meta/Llama-3.2-3B-Instruct/") == [14, 8, 5, 12, 15, 13, 2]
-    paper = {
-        "Qwen2.5-3B-Instruct": "20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13",
-        "Llama-3.2-3B-Instruct": "14 8 5 12 15 13 2 26 24 16 17 18 21 10",
-        "Qwen2.5-1.5B-Instruct": "14 19 20 23 24 26 27 8 12",
-        "Qwen2.5-7B-Instruct": "14 22 16 17 5 23 26 8 15",
-    }
-    assert hd.PUBLISHED == {name: [int(i) for i in text.split()] for name, text in paper.items()}
 
 def transfer(*args, **how):
     return hd.transfer_attention(make_teacher(), *args, **how)
@@ -885,7 +879,7 @@ def select(*args, kept=()):
     ("placed by uniform", lambda: hd.place_layers("odd", 6, 1)),
     ("within 1..4, not 5", lambda: select(5, 1)),
     ("within 1..4, not 0", lambda: select(0, 1)),
-    ("'ga-s2' or 'greedy'", lambda: select(1, 1, "best")),
+    ("one of ga-s1, ga-s2", lambda: select(1, 1, "best")),
     ("without softmax layers", lambda: select(1, 1, kept=[1])),
     ("give a checkpoint", lambda: measured(hd.score_layers, make_teacher(), ALONE, early_stop=2)),
     ("train part has 8 tokens, too few for a sequence of 16",
@@ -1184,3 +1178,239 @@ def test_readme_links_stand_on_their_lines():
     assert len(rows) >= 9
     for number, name in rows:
         assert re.match(rf"(def|class) {name}\b", lines[int(number) - 1]), (number, name)
+
+# ------------------------------------------------------- every selector, gated linear attention
+
+KEPT_BY = [name for name in hd.SELECTORS if name not in ("smart", "ar")]
+
+def select(teacher, name, k=1, held_out=HELD_OUT, steps=4, **more):
+    student, batches = make_student(teacher), lambda step: tokens(4, 16, seed=step)
+    before = weights(student), weights(teacher)
+    history = hd.align_hidden_states(make_student(teacher), teacher, batches, 4)
+    args = student, teacher, batches, held_out, k, steps, name, history
+    found = hd.select_layers(*args, evaluate_every=2, **more)
+    assert equal(before[0], weights(student)) and equal(before[1], weights(teacher))
+    assert not any(m._forward_hooks for m in teacher.modules())
+    return found
+
+@pytest.mark.parametrize("name", KEPT_BY)
+def test_every_selector_finds_the_planted_layer(name):
+    found = select(planted([2]), name, steps=20 if "gates" in name else 4)
+    assert found.chosen == [2] and sorted(found.ranking) == [0, 1, 2, 3] == sorted(found.importance)
+    runs = {"ga-s2": 4 * 4, "gr-s2": 4 * 4, "avg-s2": 8 * 4, "greedy": 4 * 4, "gates": 20,
+            "gates+ga-s2": 20 + 2 * 20}.get(name, 0)
+    looks = {"mse": 5, "ppl": 5, "zero-shot": 4}.get(name, 0)
+    assert (found.tokens, found.evaluations) == (runs * 64, looks)
+
+def test_ar_asks_the_teacher_without_a_layer():
+    teacher = planted([2])
+    x = tokens(2, 9)
+    whole = teacher(x).logits
+    found = select(teacher, "ar", recall=lambda m: float(torch.equal(m(x).logits, whole)))
+    assert found.importance == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0} and found.chosen == [2]
+    with pytest.raises(hd.UserError, match="ar needs a measure of recall"):
+        select(teacher, "ar")
+    with pytest.raises(hd.UserError, match="words of one token to ask for: this one has 0"):
+        hd.TokenCorpus(np.arange(99), 9, 0, hd.byte_tokenizer()).words()
+
+def test_smart_spreads_the_most_sensitive_layers(monkeypatch):
+    best = [0.0, 9, 1, 1, 5, 1, 1, 9, 0]
+    monkeypatch.setattr(hd, "zero_shot", lambda x: dict(enumerate(best)))
+    total = lambda layers: sum(best[i] for i in layers)
+    for k, wanted in ((2, [0, 8]), (3, [0, 4, 8]), (4, [0, 1, 4, 8]), (5, [0, 1, 4, 7, 8])):
+        x = hd.Scoring(k=k, layers=range(9), ranking=[])
+        hd.smart(x)
+        path = sorted(x.ranking[:k])
+        assert path == wanted or total(path) == total(wanted)
+        low, high = max(1, 8 // (k - 1) - 1), -(-8 // (k - 1)) + 1
+        every = [p for p in itertools.combinations(range(9), k) if p[0] == 0 and p[-1] == 8
+                 and all(low <= b - a <= high for a, b in zip(p, p[1:]))]
+        assert tuple(path) in every and total(path) == max(map(total, every))
+        assert sorted(x.ranking) == list(range(9))
+
+def test_removal_scores_the_complement_and_what_is_shared_is_made_once(monkeypatch):
+    seen, real, made = [], hd.score_layers, {}
+    monkeypatch.setattr(hd, "score_layers", lambda s, t, b, h, sets, steps, **how:
+                        seen.append((sets, steps)) or real(s, t, b, h, sets, steps, **how))
+    teacher = planted([2])
+    ga = select(teacher, "ga-s2", made=made)
+    gr = select(teacher, "gr-s2", made=made)
+    assert seen == [({i: [i] for i in range(4)}, 4),
+                    ({i: [j for j in range(4) if j != i] for i in range(4)}, 4)]
+    assert all(gr.importance[i] == gr.rounds[0]["curves"][i][-1]["kl"] for i in range(4))
+    avg, zero, smart = (select(teacher, n, made=made) for n in ("avg-s2", "zero-shot", "smart"))
+    assert len(seen) == 2 and avg.tokens == ga.tokens + gr.tokens  # as if alone
+    assert zero.importance == {i: -ga.rounds[0]["curves"][i][0]["kl"] for i in range(4)}
+    assert select(teacher, "zero-shot").importance == zero.importance  # alone, the same
+    assert seen[2:] == [({i: [i] for i in range(4)}, 0)]
+    more = [select(teacher, n, steps=4, made=made) for n in ("gates+ga-s2", "greedy")]
+    assert len(seen) == 3 and more[1].importance == ga.importance  # they score ga-s2's candidates
+    select(teacher, "zero-shot", made=(first := {}))
+    assert select(teacher, "ga-s2", made=first).importance == ga.importance  # step 0 is no score
+
+def test_scores_look_at_the_validation_part_alone(monkeypatch):
+    """What evaluates is given held_out; what trains is given batches."""
+    teacher, marked = planted([2]), {"text": [torch.full((2, 16), 7)]}
+    scored, real = [], hd.last_hidden
+    monkeypatch.setattr(hd, "last_hidden", lambda model, x:
+                        (model.training or scored.append(x)) and None or real(model, x))
+    for name in ("mse", "ppl", "zero-shot", "smart"):
+        scored.clear()
+        student = make_student(teacher)
+        hd.select_layers(student, teacher, lambda step: 1 / 0, marked, 1, 4, name)
+        assert scored and all((x == 7).all() for x in scored), name
+    parts, held_out_kl = [], hd.held_out_kl
+    monkeypatch.setattr(hd, "held_out_kl", lambda m, t, h: parts.append(h) or held_out_kl(m, t, h))
+    select(teacher, "avg-s2", held_out=marked)
+    assert parts and all(part is marked for part in parts)
+
+def test_an_early_end_of_removal_watches_the_layers_that_stay(tmp_path, monkeypatch):
+    watched, real = [], hd.settled
+    monkeypatch.setattr(hd, "settled", lambda c, n, k: watched.append(k) or real(c, n, k))
+    save = lambda sets, early: hd.Checkpoint(tmp_path / hd.key([sets, early]), keep=False)
+    found = [select(planted([2]), "gr-s2", k=1, early_stop=1, checkpoint=save) for _ in range(2)]
+    assert set(watched) == {3} and found[0] == found[1] and found[0].chosen == [2]
+
+PAPER_RANKINGS = """
+Llama-3.2-3B-Instruct | gdn | ar | 0 16 11 14 7 5 9 13 2 12 1 8 27 26
+Llama-3.2-3B-Instruct | gdn | ar_multihop | 0 13 12 16 11 7 23 14 10 5 21 25 9 8
+Llama-3.2-3B-Instruct | gdn | ga_s2 | 14 8 5 12 15 13 2 26 24 16 17 18 21 10
+Llama-3.2-3B-Instruct | gdn | mse | 0 1 27 24 25 2 26 4 15 23 19 21 3 18
+Llama-3.2-3B-Instruct | gdn | ppl | 0 1 27 2 24 3 26 25 4 14 15 19 16 5
+Llama-3.2-3B-Instruct | gla | gla_v1_ranking | 14 8 12 5 16 15 13 2 24 17 18 26 21 10
+Qwen2.5-1.5B-Instruct | gdn | ar | 0 16 13 22 1 14 18 15 27
+Qwen2.5-1.5B-Instruct | gdn | ar_multihop | 0 16 20 11 13 22 12 27 15
+Qwen2.5-1.5B-Instruct | gdn | ga_s2 | 8 12 14 19 20 23 24 26 27
+Qwen2.5-1.5B-Instruct | gdn | mse | 0 27 1 2 3 26 4 21 24
+Qwen2.5-1.5B-Instruct | gdn | ppl | 0 1 27 25 26 21 2 22 24
+Qwen2.5-3B-Instruct | gdn | ar | 0 1 27 18 20 25 24 26 21 8 12 19 23 7 35 17 33 22
+Qwen2.5-3B-Instruct | gdn | ar_multihop | 0 1 27 21 26 16 20 5 23 24 18 6 13 3 9 22 8 17
+Qwen2.5-3B-Instruct | gdn | ga_s2 | 20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13
+Qwen2.5-3B-Instruct | gdn | mse | 0 1 35 34 31 33 32 30 8 12 27 3 4 2 6 5 28 10
+Qwen2.5-3B-Instruct | gdn | ppl | 0 1 35 34 32 31 33 30 27 12 6 5 9 8 29 2 4 7
+Qwen2.5-3B-Instruct | gla | gla_v1_ranking | 33 32 20 25 31 21 22 30 27 17 5 19 26 7 29 28 3 15
+Qwen2.5-7B-Instruct | gdn | ar | 0 6 27 15 16 22 1 13 14
+Qwen2.5-7B-Instruct | gdn | ar_multihop | 0 27 10 6 14 16 13 22 5
+Qwen2.5-7B-Instruct | gdn | ga_s2 | 14 22 16 17 5 23 26 8 15
+Qwen2.5-7B-Instruct | gdn | mse | 0 27 3 26 4 9 24 23 25
+Qwen2.5-7B-Instruct | gdn | ppl | 0 27 3 26 23 25 24 9 6
+"""
+
+def test_published_rankings_of_every_score():
+    rows = [line.split(" | ") for line in PAPER_RANKINGS.strip().splitlines()]
+    assert len(rows) == len(hd.PUBLISHED)
+    for teacher, mixer, score, layers in rows:
+        layers = [int(i) for i in layers.split()]
+        L = 36 if teacher.startswith("Qwen2.5-3B") else 28
+        rule = {"ga_s2": "published", "gla_v1_ranking": "published:gla"}
+        rule = rule.get(score, f"published:{score}")
+        found = hd.place_layers(rule, L, len(layers), 0, f"somewhere/{teacher}")
+        if (teacher, score) == ("Qwen2.5-1.5B-Instruct", "ga_s2"):
+            assert sorted(found) == layers  # a set
+        else:
+            assert found == layers
+            if rule != "published":
+                assert hd.place_layers(rule, L, 3, 0, teacher) == layers[:3]
+    for rule, k in (("published", 8), ("published:ar", 10)):
+        with pytest.raises(hd.UserError, match=f"no selection of {k} layers is published .* by"):
+            hd.place_layers(rule, 28, k, 0, "Qwen2.5-1.5B-Instruct")
+
+def test_one_command_compares_selectors(tmp_path):
+    save_teacher(tmp_path / "teacher")
+    names, less = "ga-s1,avg-s2,gates+ga-s2,mse,smart,gates,first", ("--held-out", "20")
+    assert hd.main(arguments(tmp_path, *less, "--baselines", names)) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["teacher", "kl-guided", *names.split(",")]
+    cost = lambda name: (rows[name]["selection_tokens"], rows[name]["selection_evaluations"])
+    assert cost("kl-guided") == (4 * 64, 0) and cost("avg-s2") == (8 * 64, 0)
+    assert cost("gates") == (64, 0) and cost("gates+ga-s2") == (3 * 64, 0)
+    assert cost("mse") == (0, 5) and cost("smart") == (0, 4) and cost("first") == cost("ga-s1")
+    assert "| selector | kl-guided | ga-s1 |" in (tmp_path / "run" / "report.md").read_text()
+    done = {file: file.read_text() for file in (tmp_path / "run").glob("*/metrics.jsonl")}
+    less = *less, "--select", "gr-s2"
+    assert hd.main(arguments(tmp_path, *less, "--baselines", "gates,ga-s2")) == 0
+    assert done == {f: f.read_text() for f in (tmp_path / "run").glob("*/metrics.jsonl")}
+
+def test_ar_without_words_is_refused_before_anything_trains(tmp_path, capsys):
+    save_teacher(tmp_path / "teacher")
+    assert hd.main(arguments(tmp_path, "--baselines", "ar")) == 1
+    assert "ar needs a tokenizer with words" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("align-*"))
+
+def gla_example(T, decay, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(T)
+    randn = lambda *shape: torch.randn(shape, generator=rng)
+    g = -torch.rand(2, T, 3, 12, generator=rng)
+    strong = torch.rand(g.shape, generator=rng) < 0.3
+    g = 50 * g if decay == "strong" else torch.where(strong, decay, 0.1 * g)
+    x = randn(2, T, 3, 12), randn(2, T, 3, 12), randn(2, T, 3, 20), g, randn(2, 3, 12, 20)
+    return [t.to(dtype) for t in x]
+
+def gla_everything(rule, inputs):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = rule(*inputs[:4], None, inputs[4], True)
+    rng = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=rng).to(x) for x in outputs]
+    return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, grads)
+
+@pytest.mark.parametrize("decay", ["strong", 0.0, -50.0, -torch.inf], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 63, 65, 200])
+def test_chunked_gla_is_the_recurrence(T, decay):
+    inputs = gla_example(T, decay)
+    truth = gla_everything(kernels.recurrent_gla, [x.double() for x in inputs])
+    for found, true in zip(gla_everything(kernels.chunk_gla, inputs), truth):
+        assert torch.isfinite(found).all() and (found - true).norm() <= 1e-6 * true.norm()
+
+def test_gla_packed_padded_and_wrong_shapes():
+    q, k, v, g, S = gla_example(150, -50.0)
+    ends, row = torch.tensor([0, 3, 80, 150]), [x[:1] for x in (q, k, v, g)]
+    starts = torch.cat([S, S[:1]])
+    o, last = kernels.chunk_gla(*row, None, starts, True, ends)
+    for n, (i, j) in enumerate([(0, 3), (3, 80), (80, 150)]):
+        part = kernels.chunk_gla(*(x[:, i:j] for x in row), None, starts[n : n + 1], True)
+        assert torch.equal(o[:, i:j], part[0]) and torch.equal(last[n], part[1][0])
+    k[:, 90:], v[:, 90:], g[:, 90:] = 0, 0, 0  # padding leaves the state alone
+    same(kernels.chunk_gla(q, k, v, g, None, S, True)[1],
+         kernels.chunk_gla(*(x[:, :90] for x in (q, k, v, g)), None, S, True)[1])
+    with pytest.raises(ValueError, match="q, k and g must be"):
+        kernels.chunk_gla(q, k, v, g[..., 0])
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 150"):
+        kernels.chunk_gla(*row, cu_seqlens=torch.tensor([0, 3]))
+
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
+def test_gla_caches_pads_and_packs_as_the_full_forward(family):
+    teacher = make_teacher(family)
+    torch.manual_seed(1)
+    student, x = hd.transfer_attention(teacher, [2], "gla"), tokens(2, 24)
+    attn, mixer = (m.model.layers[1].self_attn for m in (teacher, student))
+    h = torch.randn(2, 5, 32)
+    theirs = attn.v_proj(h).unflatten(-1, (-1, attn.head_dim))
+    theirs = theirs.repeat_interleave(mixer.num_heads // theirs.shape[2], dim=2)
+    same(mixer.v_proj(h).unflatten(-1, (-1, attn.head_dim)), theirs, 1e-6)
+    whole, mask = student(x).logits, torch.ones(2, 24, dtype=torch.long)
+    cache, parts = DynamicCache(), []
+    for i, j in ((0, 10), (10, 11), (11, 24)):
+        parts.append(student(x[:, i:j], **{CACHE: cache}, use_cache=True).logits)
+    same(torch.cat(parts, 1), whole)
+    mask[0, :6] = 0
+    left = student(torch.cat([tokens(1, 6, seed=9), x[:1, :18]], 1), attention_mask=mask[:1])
+    same(left.logits[:, 6:], student(x[:1, :18]).logits)
+    positions = torch.cat([torch.arange(9), torch.arange(15)])[None]
+    packed = student(x, position_ids=positions, use_cache=False).logits
+    same(packed, torch.cat([student(x[:, :9]).logits, student(x[:, 9:]).logits], 1))
+
+def test_a_gla_student_is_trained_saved_and_loaded(tmp_path):
+    save_teacher(tmp_path / "teacher")
+    assert hd.main(arguments(tmp_path, "--mixer", "gla", "--held-out", "20")) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["teacher", "kl-guided", "all-linear", "first"]
+    student = load(tmp_path / "run" / "student")
+    assert type(student.model.layers[report["selection"]["ranking"][-1]].self_attn).__name__ == \
+        "GatedLinearAttention"
+    again = hd.HYBRIDS[LlamaForCausalLM].from_pretrained(tmp_path / "run" / "student")
+    written = [m.eval().generate(tokens(1, 9), max_new_tokens=12, **GREEDY).tolist()
+               for m in (student, again)]
+    assert written[0] == written[1] and equal(weights(student), weights(again))
