@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
 
 import datasets
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -958,7 +959,8 @@ def test_a_run_gives_every_row_the_same_training(family, tmp_path, monkeypatch):
         return select(student, teacher, batches, held, *args, **how)
 
     monkeypatch.setattr(hd, "select_layers", spy_on_select)
-    assert hd.main(arguments(tmp_path)) == 0
+    together = ("--candidates-at-once", 4)
+    assert hd.main(arguments(tmp_path, *together)) == 0
     rows = report(tmp_path / "run")["rows"]
     assert [row["name"] for row in rows] == ["teacher", "kl-guided", "all-linear", "first"]
     keys = {"name", "softmax_layers", "kl", "kl_text", "perplexity", "recall", "cache_bytes"}
@@ -973,7 +975,7 @@ def test_a_run_gives_every_row_the_same_training(family, tmp_path, monkeypatch):
     spy = lambda *args: steps.append(0) or back_propagate(*args)
     monkeypatch.setattr(hd, "back_propagate", spy)
     more = ("--softmax-layers", "2", "--baselines", "last", "--finetune-lr", "1e-6")
-    assert hd.main(arguments(tmp_path, *more)) == 0 and len(steps) == 2 * (2 + 1)
+    assert hd.main(arguments(tmp_path, *together, *more)) == 0 and len(steps) == 2 * (2 + 1)
 
 def test_iterated_selection_is_the_same_one_candidate_at_a_time(folder):
     """Each round scores the same layers beside others: no round may read another one's scores."""
@@ -1008,11 +1010,11 @@ def test_stopped_again_and_again_a_run_ends_with_the_same_numbers(folder):
 
 WRONG = [
     (["--softmax-layers", "5"], "--softmax-layers must be within 1..4"),
-    (["--select", "best"], "--select must be ga-s2, greedy, uniform"),
+    (["--select", "best"], "--select must be ga-s1, ga-s2, gr-s2"),
     (["--select", "9"], "softmax layers must be distinct and within 0..3"),
     (["--select", "published"], "no selection of 1 layers is published for 'teacher'"),
     (["--select", "1,2"], "as many as --select lists"),
-    (["--baselines", "middle"], "--baselines knows all-linear, uniform"),
+    (["--baselines", "middle"], "--baselines knows all-linear, ga-s1"),
     (["--data", "nothing.txt"], "cannot load --data nothing.txt"),
     (["--data", "nothing.npy"], "cannot load --data nothing.npy: there is no such file"),
     (["--data", ""], "--teacher and --data go together"),
@@ -1041,7 +1043,8 @@ def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypat
     assert sentence in error and "\n" not in error, error
 
 def test_a_second_process_in_the_folder_is_refused(folder, capsys):
-    with hd.locked(folder / "run"):
+    (folder / "run").mkdir()
+    with filelock.FileLock(folder / "run" / ".lock"):
         assert "is in use by another process" in refusal(folder, capsys)
 
 def test_a_bug_in_a_mixer_keeps_its_traceback(folder, monkeypatch):
@@ -1079,7 +1082,7 @@ def test_a_student_on_the_hub_loads(saved_student, tmp_path):
     env = {**os.environ, "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", HUB, saved_student], env=env, **PIPED)
     assert done.returncode == 0, done.stderr
-    brought = {"numpy", "tokenizers", "tqdm", "transformers"}  # by transformers
+    brought = {"filelock", "numpy", "tokenizers", "tqdm", "transformers"}  # by transformers
     for file, others in (("hybrid_distill.py", brought), ("kernels.py", set())):
         needed = set(dynamic_module_utils.get_imports(HERE / file))
         assert needed - others <= {"torch", *sys.stdlib_module_names}, file
@@ -1183,7 +1186,7 @@ def test_readme_links_stand_on_their_lines():
 
 KEPT_BY = [name for name in hd.SELECTORS if name not in ("smart", "ar")]
 
-def select(teacher, name, k=1, held_out=HELD_OUT, steps=4, **more):
+def select_by(teacher, name, k=1, held_out=HELD_OUT, steps=4, **more):
     student, batches = make_student(teacher), lambda step: tokens(4, 16, seed=step)
     before = weights(student), weights(teacher)
     history = hd.align_hidden_states(make_student(teacher), teacher, batches, 4)
@@ -1195,7 +1198,7 @@ def select(teacher, name, k=1, held_out=HELD_OUT, steps=4, **more):
 
 @pytest.mark.parametrize("name", KEPT_BY)
 def test_every_selector_finds_the_planted_layer(name):
-    found = select(planted([2]), name, steps=20 if "gates" in name else 4)
+    found = select_by(planted([2]), name, steps=20 if "gates" in name else 4)
     assert found.chosen == [2] and sorted(found.ranking) == [0, 1, 2, 3] == sorted(found.importance)
     runs = {"ga-s2": 4 * 4, "gr-s2": 4 * 4, "avg-s2": 8 * 4, "greedy": 4 * 4, "gates": 20,
             "gates+ga-s2": 20 + 2 * 20}.get(name, 0)
@@ -1206,10 +1209,10 @@ def test_ar_asks_the_teacher_without_a_layer():
     teacher = planted([2])
     x = tokens(2, 9)
     whole = teacher(x).logits
-    found = select(teacher, "ar", recall=lambda m: float(torch.equal(m(x).logits, whole)))
+    found = select_by(teacher, "ar", recall=lambda m: float(torch.equal(m(x).logits, whole)))
     assert found.importance == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0} and found.chosen == [2]
     with pytest.raises(hd.UserError, match="ar needs a measure of recall"):
-        select(teacher, "ar")
+        select_by(teacher, "ar")
     with pytest.raises(hd.UserError, match="words of one token to ask for: this one has 0"):
         hd.TokenCorpus(np.arange(99), 9, 0, hd.byte_tokenizer()).words()
 
@@ -1233,20 +1236,20 @@ def test_removal_scores_the_complement_and_what_is_shared_is_made_once(monkeypat
     monkeypatch.setattr(hd, "score_layers", lambda s, t, b, h, sets, steps, **how:
                         seen.append((sets, steps)) or real(s, t, b, h, sets, steps, **how))
     teacher = planted([2])
-    ga = select(teacher, "ga-s2", made=made)
-    gr = select(teacher, "gr-s2", made=made)
+    ga = select_by(teacher, "ga-s2", made=made)
+    gr = select_by(teacher, "gr-s2", made=made)
     assert seen == [({i: [i] for i in range(4)}, 4),
                     ({i: [j for j in range(4) if j != i] for i in range(4)}, 4)]
     assert all(gr.importance[i] == gr.rounds[0]["curves"][i][-1]["kl"] for i in range(4))
-    avg, zero, smart = (select(teacher, n, made=made) for n in ("avg-s2", "zero-shot", "smart"))
+    avg, zero, smart = (select_by(teacher, n, made=made) for n in ("avg-s2", "zero-shot", "smart"))
     assert len(seen) == 2 and avg.tokens == ga.tokens + gr.tokens  # as if alone
     assert zero.importance == {i: -ga.rounds[0]["curves"][i][0]["kl"] for i in range(4)}
-    assert select(teacher, "zero-shot").importance == zero.importance  # alone, the same
+    assert select_by(teacher, "zero-shot").importance == zero.importance  # alone, the same
     assert seen[2:] == [({i: [i] for i in range(4)}, 0)]
-    more = [select(teacher, n, steps=4, made=made) for n in ("gates+ga-s2", "greedy")]
+    more = [select_by(teacher, n, steps=4, made=made) for n in ("gates+ga-s2", "greedy")]
     assert len(seen) == 3 and more[1].importance == ga.importance  # they score ga-s2's candidates
-    select(teacher, "zero-shot", made=(first := {}))
-    assert select(teacher, "ga-s2", made=first).importance == ga.importance  # step 0 is no score
+    select_by(teacher, "zero-shot", made=(first := {}))
+    assert select_by(teacher, "ga-s2", made=first).importance == ga.importance  # step 0 is no score
 
 def test_scores_look_at_the_validation_part_alone(monkeypatch):
     """What evaluates is given held_out; what trains is given batches."""
@@ -1261,14 +1264,14 @@ def test_scores_look_at_the_validation_part_alone(monkeypatch):
         assert scored and all((x == 7).all() for x in scored), name
     parts, held_out_kl = [], hd.held_out_kl
     monkeypatch.setattr(hd, "held_out_kl", lambda m, t, h: parts.append(h) or held_out_kl(m, t, h))
-    select(teacher, "avg-s2", held_out=marked)
+    select_by(teacher, "avg-s2", held_out=marked)
     assert parts and all(part is marked for part in parts)
 
 def test_an_early_end_of_removal_watches_the_layers_that_stay(tmp_path, monkeypatch):
     watched, real = [], hd.settled
     monkeypatch.setattr(hd, "settled", lambda c, n, k: watched.append(k) or real(c, n, k))
     save = lambda sets, early: hd.Checkpoint(tmp_path / hd.key([sets, early]), keep=False)
-    found = [select(planted([2]), "gr-s2", k=1, early_stop=1, checkpoint=save) for _ in range(2)]
+    found = [select_by(planted([2]), "gr-s2", k=1, early_stop=1, checkpoint=save) for _ in range(2)]
     assert set(watched) == {3} and found[0] == found[1] and found[0].chosen == [2]
 
 PAPER_RANKINGS = """
@@ -1316,7 +1319,7 @@ def test_published_rankings_of_every_score():
             hd.place_layers(rule, 28, k, 0, "Qwen2.5-1.5B-Instruct")
 
 def test_one_command_compares_selectors(tmp_path):
-    save_teacher(tmp_path / "teacher")
+    save_teacher(tmp_path)
     names, less = "ga-s1,avg-s2,gates+ga-s2,mse,smart,gates,first", ("--held-out", "20")
     assert hd.main(arguments(tmp_path, *less, "--baselines", names)) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -1333,7 +1336,7 @@ def test_one_command_compares_selectors(tmp_path):
     assert done == {f: f.read_text() for f in (tmp_path / "run").glob("*/metrics.jsonl")}
 
 def test_ar_without_words_is_refused_before_anything_trains(tmp_path, capsys):
-    save_teacher(tmp_path / "teacher")
+    save_teacher(tmp_path)
     assert hd.main(arguments(tmp_path, "--baselines", "ar")) == 1
     assert "ar needs a tokenizer with words" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("align-*"))
@@ -1402,7 +1405,7 @@ def test_gla_caches_pads_and_packs_as_the_full_forward(family):
     same(packed, torch.cat([student(x[:, :9]).logits, student(x[:, 9:]).logits], 1))
 
 def test_a_gla_student_is_trained_saved_and_loaded(tmp_path):
-    save_teacher(tmp_path / "teacher")
+    save_teacher(tmp_path)
     assert hd.main(arguments(tmp_path, "--mixer", "gla", "--held-out", "20")) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     names = [row["name"] for row in report["rows"]]
