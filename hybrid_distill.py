@@ -1020,14 +1020,16 @@ def gates(x, lr=0.1, pull=0.5):
             yield "kl", kl, 1.0
         yield "gates", theta[0].sigmoid().mean(), pull
 
+    # Adam's first steps are as long for every gate: it takes some for the gates to part.
+    steps = max(100, x.steps) if callable(x.batches) else x.steps
     groups = [{"params": list(theta), "lr": lr, "weight_decay": 0.0}]
     save = x.how.get("checkpoint", lambda sets, early: None)({"gates": ["gates", lr, pull]}, [])
     with replaced(student, x.layers, mixed):
         history = train(
-            [theta], adamw(groups), losses, x.batches, x.steps, checkpoint=save, shared=True,
+            [theta], adamw(groups), losses, x.batches, steps, checkpoint=save, shared=True,
             micro_batch=x.how.get("micro_batch"), evaluate_every=x.how.get("evaluate_every"),
             evaluation=lambda: {"a": theta[0].sigmoid().tolist()})  # fmt: skip
-    x.spend(x.steps)
+    x.spend(steps)
     return dict(enumerate(history[-1]["a"]))
 
 def gates_ga_s2(x):
