@@ -565,7 +565,7 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
                 optimizer.step()
                 optimizer.zero_grad()
             row |= {"step": step + 1, "lr": max(group["lr"] for group, _ in peaks)}
-            row |= {"tokens": tokens.numel(), "micro_batch": micro_batch}
+            row |= {"tokens": len(models) * tokens.numel(), "micro_batch": micro_batch}
             row |= {"seconds": time.monotonic() - clock, "peak_bytes": peak_bytes()}
             if evaluation and (step + 1 == steps or (step + 1) % (evaluate_every or steps) == 0):
                 row |= evaluation()
@@ -650,7 +650,7 @@ class Checkpoint:
     def __init__(self, folder, keep=True, seconds=30.0):
         self.folder, self.keep = Path(folder), keep
         self.metrics = self.folder / "metrics.jsonl"
-        self.seconds, self.saved_at = seconds, time.monotonic()
+        self.seconds, self.saved_at = seconds, 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, module, optimizers, steps: int) -> list[dict]:
@@ -661,7 +661,7 @@ class Checkpoint:
             return history
         # A first guess at what a save takes: 12 bytes a parameter, 1 GB a second.
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        self.seconds = max(self.seconds, 10 * 12e-9 * count)
+        self.seconds, self.saved_at = max(self.seconds, 10 * 12e-9 * count), time.monotonic()
         # A save is complete when .metadata is there: it is written, fsynced and renamed last.
         saves = {int(f.parent.name[5:]): f.parent for f in self.folder.glob("step-*/.metadata")}
         step = max(saves, default=-1)
