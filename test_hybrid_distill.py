@@ -1422,3 +1422,56 @@ def test_a_gla_student_is_trained_saved_and_loaded(tmp_path):
     written = [m.eval().generate(tokens(1, 9), max_new_tokens=12, **GREEDY).tolist()
                for m in (student, again)]
     assert written[0] == written[1] and equal(weights(student), weights(again))
+
+# ------------------------------------------------------------------------------------------ torchrun
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+def start(args, launcher=()):
+    """A run in processes of its own, which `killed_at` or communicate() ends."""
+    command = [sys.executable, *launcher, HERE / "hybrid_distill.py", *args]
+    how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, **how, env=env, start_new_session=True)
+
+def killed_at(process, run, sign):
+    """Kill it and all that it started when a file like `sign` is in the run folder."""
+    deadline = time.monotonic() + 120
+    while not list(run.glob(sign)) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+def finished(process):
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+
+def same_run(calm, run):
+    rows = [report(folder)["rows"] for folder in (calm, run)]
+    for one, two in zip(*rows, strict=True):
+        assert one["softmax_layers"] == two["softmax_layers"]
+        assert one["kl"] == pytest.approx(two["kl"], rel=1e-4, abs=1e-6)
+    ours, theirs = (weights(load(folder / "student")) for folder in (calm, run))
+    for name, weight in ours.items():
+        assert (weight - theirs[name]).norm() <= 1e-6 * weight.norm(), name
+
+THREE_STEPS = [x for stage, tokens in (("align", 96), ("select", 96), ("distill", 96),
+                                       ("finetune", 192)) for x in (f"--{stage}-tokens", tokens)]
+
+def test_two_processes_train_what_one_does_killed_or_not(folder):
+    args = [str(x) for x in arguments(folder, *THREE_STEPS)]
+    assert hd.main([*args, "--out", str(folder / "calm")]) == 0
+    killed_at(start(args, TORCHRUN), folder / "run", "select-*/metrics.jsonl")
+    killed_at(start(args), folder / "run", "distill-*")
+    finished(start(args, TORCHRUN))
+    same_run(folder / "calm", folder / "run")
+
+def test_a_student_cut_over_two_processes_is_the_same_and_errors_are_said_once(folder):
+    args = [str(x) for x in arguments(folder, *THREE_STEPS, "--baselines", "none")]
+    assert hd.main([*args, "--out", str(folder / "calm")]) == 0
+    finished(start([*args, "--shard"], TORCHRUN))
+    same_run(folder / "calm", folder / "run")
+    process = start([*args, "--select", "9"], TORCHRUN)
+    error = process.communicate()[1]
+    assert process.returncode != 0 and error.count("error: softmax layers must be") == 1, error
