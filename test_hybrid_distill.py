@@ -1423,7 +1423,7 @@ def test_a_gla_student_is_trained_saved_and_loaded(tmp_path):
                for m in (student, again)]
     assert written[0] == written[1] and equal(weights(student), weights(again))
 
-# ------------------------------------------------------------------------------------------ torchrun
+# ----------------------------------------------------------------------------------------- torchrun
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
