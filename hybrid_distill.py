@@ -684,10 +684,8 @@ class Checkpoint:
 
     def due(self, shared=False) -> bool:
         """Is it time to save? Of processes that train together the first one decides."""
-        due = [time.monotonic() - self.saved_at > self.seconds]
-        if shared and rank_and_world()[1] > 1:
-            dist.broadcast_object_list(due)
-        return due[0]
+        due = time.monotonic() - self.saved_at > self.seconds
+        return gather(due)[0] if shared else due
 
     def save(self, history, module, optimizers=(), shared=False) -> None:
         """Of processes that train together the first one writes; of a model cut over them, all."""
@@ -846,11 +844,9 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
                   recall=None, made=None, **scoring) -> Selection:  # fmt: skip
     """Which k of the L layers should stay softmax, by a score in SELECTORS?
 
-    student: the *all-linear* student after stage 1, with its `history` (for GA-S1). batches: what
-    candidates train on; held_out: {kind: [tokens [B, T], ...]}, what they are scored on.
-    recall(model): an accuracy (for AR). made: a dict that keeps scores from one call to the next.
-    scoring: the options of `score_layers`; `checkpoint(sets, early)` is given also what an early
-    end depends on.
+    student: the *all-linear* student after stage 1, with its `history` (for GA-S1). recall(model):
+    an accuracy (for AR). made: a dict that keeps scores from one call to the next. The rest as in
+    `score_layers`, but that `checkpoint(sets, early)` is given also what an early end depends on.
     """
     L = len(mixers(student))
     if student.config.softmax_layers:
@@ -872,30 +868,30 @@ def best_first(importance) -> list[int]:
 class Scoring(types.SimpleNamespace):
     """What a selector scores with, the arguments of `select_layers`, and what it spent so far."""
 
-    def kl(self, sets, kept=(), steps=None, k=None) -> dict[int, float]:
-        """Held-out KL of each hybrid of `sets` by `score_layers`; steps=0: without training.
+    def kl(self, sets, kept=(), k=None, trained=True) -> dict[int, float]:
+        """Held-out KL of each hybrid of `sets` by `score_layers`, or without training.
 
         kept: what the sets share, for the record; k: how many of the lowest an early stop watches.
         """
-        steps, k, how = self.steps if steps is None else steps, k or self.k, dict(self.how)
-        early = [k, *sets.values()] if how.get("early_stop") else []
+        k, how, stop = k or self.k, dict(self.how), self.how.get("early_stop", 0)
+        early = [stop, k, *sets.values()] if stop else []
         names = {i: str([layers, early]) for i, layers in sets.items()}
-        points = 1 if steps == 0 else 2  # of step 0, and of training
+        points = 2 if trained else 1  # of training, of step 0
         new = {i: sets[i] for i in sets if len(self.made.get(names[i], ())) < points}
-        if steps == 0:
+        if not trained:
             how |= {"checkpoint": None, "early_stop": 0}
         elif how.get("checkpoint"):
             how["checkpoint"] = lambda group: self.how["checkpoint"](group, early)
         if new:
-            found = score_layers(
-                self.student, self.teacher, self.batches, self.held_out, new, steps, k=k, **how)
+            found = score_layers(self.student, self.teacher, self.batches, self.held_out, new,
+                                 self.steps if trained else 0, k=k, **how)  # fmt: skip
             self.made.update({names[i]: curve for i, curve in found.items()})
         curves = {i: self.made[names[i]] for i in sets}
-        if steps == 0:
+        if trained:
+            self.spend(sum(curve[-1]["step"] for curve in curves.values()))
+        else:
             curves = {i: curve[:1] for i, curve in curves.items()}
             self.evaluations += len(sets)
-        else:
-            self.spend(sum(curve[-1]["step"] for curve in curves.values()))
         self.rounds.append({"kept": kept or [], "curves": curves})
         return {i: curve[-1]["kl"] for i, curve in curves.items()}
 
@@ -962,7 +958,7 @@ def ablate(x, error):
 
 def zero_shot(x):
     """-KL of the all-linear student with only l restored, without training: step 0 of GA-S2."""
-    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}, steps=0).items()}
+    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}, trained=False).items()}
 
 def smart(x):
     """Spread-out sensitivity: of all sets with the first and last layer, and with gaps between
@@ -1130,8 +1126,8 @@ def held_out_kl(models: dict, teacher, held_out) -> dict[str, dict]:
         model.train(modes[name])
     return sums
 
-# What was published with [1]'s code, 0-based, best first. Of the last two teachers' ga_s2 only the
-# first seven and all nine are known, as sets.
+# What was published with [1]'s code, 0-based, best first. Of a ga_s2 of nine layers only the first
+# seven and all nine are known, as sets.
 PUBLISHED = """
 Llama-3.2-3B | ar 0 16 11 14 7 5 9 13 2 12 1 8 27 26 \
 | ar_multihop 0 13 12 16 11 7 23 14 10 5 21 25 9 8 | ga_s2 14 8 5 12 15 13 2 26 24 16 17 18 21 10 \
@@ -1700,7 +1696,6 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         return stages.setdefault(folder.name, Checkpoint(folder, keep))
 
     def of_group(sets, early):
-        early = [s.early_stop, *early] if early else []
         after = [b["align"], b["select"], s.evaluate_every, s.held_out, early, [*sets.values()]]
         return checkpoint(f"select-{'-'.join(map(str, sets))}", *after, keep=False)
 
