@@ -37,6 +37,7 @@ import datetime
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -84,7 +85,7 @@ class UserError(ValueError):
 # ---------------------------------------------------------------------------------------- the mixer
 
 class LinearAttention(nn.Module):
-    """What the mixers share: q, k, v, y_t = W_o (RMSNorm(o_t) * SiLU(W_g x_t)), cache, padding.
+    """What the mixers share: q, k, v, the output y, the cache, padding and packing.
 
     A mixer is a subclass in this file, named in `MIXERS`, with the parameters of its gates, with
     `gated(x, q, k, v)` -> q, k, v and gates, and with `rules`. The head size is the attention's
@@ -166,7 +167,7 @@ class LinearAttention(nn.Module):
             (S,) = state.tensors or (None,)
             rule = decode_rule if T == 1 else chunk_rule
             o, S = rule(q, *written, initial_state=S, output_final_state=True)
-            state.advance((S,), T)
+            state.tensors, state.seen = (S,), state.seen + T
         elif cu_seqlens is not None:
             packed = [t.reshape(1, B * T, *t.shape[2:]) for t in (q, *written)]
             o = chunk_rule(*packed, cu_seqlens=cu_seqlens)[0].view(heads)
@@ -206,11 +207,11 @@ class GatedDeltaNet(LinearAttention):
 
     def gated(self, x, q, k, v):
         q, k, v = F.silu(q), F.silu(k).to(q.dtype), F.silu(v).to(q.dtype)
-        # g_t = -exp(A_log) softplus(W_a x_t + dt_bias);  beta_t = sigmoid(W_b x_t)       both fp32
+        # both gates in fp32
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
         return q, k, v, g, self.b_proj(x).float().sigmoid()
 
-    def rules(self):  # S~_t = exp(g_t) S_{t-1};  S_t = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)
+    def rules(self):
         rules = chunk_gated_delta_rule, decode_gated_delta_rule
         return [functools.partial(rule, use_qk_l2norm_in_kernel=True) for rule in rules]
 
@@ -242,7 +243,8 @@ class RecurrentState(DynamicLayer):
     """One layer of transformers' cache that holds a mixer's state, of constant size.
 
     tensors: the state, batch first; Gated DeltaNet's is (S,). `generate` asks a cache for its
-    length and to follow the batch (beam search); that is what is here.
+    length and to follow the batch (beam search). As it never says `is_initialized`, transformers
+    does not offload it: it is smaller than the copy that would save.
     """
     is_croppable = False
 
@@ -251,10 +253,7 @@ class RecurrentState(DynamicLayer):
         self.reset()
 
     def reset(self):
-        self.tensors, self.seen, self.is_initialized = (), 0, False
-
-    def advance(self, tensors: tuple, T: int):
-        self.tensors, self.seen, self.is_initialized = tensors, self.seen + T, True
+        self.tensors, self.seen = (), 0
 
     def get_seq_length(self, *_) -> int:
         return self.seen
@@ -266,11 +265,6 @@ class RecurrentState(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats):
         self.tensors = tuple(t.repeat_interleave(repeats, dim=0) for t in self.tensors)
-
-    def offload(self):
-        """Stays where it is: it is smaller than the copy it would save."""
-
-    prefetch = offload
 
     def update(self, *_, **__):
         raise TypeError("a RecurrentState holds no keys and values: use this cache with its hybrid")
@@ -566,7 +560,8 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
                 optimizer.zero_grad()
             row |= {"step": step + 1, "lr": max(group["lr"] for group, _ in peaks)}
             row |= {"tokens": len(models) * tokens.numel(), "micro_batch": micro_batch}
-            row |= {"seconds": time.monotonic() - clock, "peak_bytes": peak_bytes()}
+            row |= {"seconds": time.monotonic() - clock}
+            row |= {"peak_bytes": torch.cuda.max_memory_allocated()}  # 0 without a GPU
             if evaluation and (step + 1 == steps or (step + 1) % (evaluate_every or steps) == 0):
                 row |= evaluation()
             history.append(row)
@@ -651,12 +646,14 @@ class Checkpoint:
         self.folder, self.keep = Path(folder), keep
         self.metrics = self.folder / "metrics.jsonl"
         self.seconds, self.saved_at = seconds, 0.0
-        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def history(self) -> list[dict]:
+        text = self.metrics.read_text() if self.metrics.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
 
     def load(self, module, optimizers, steps: int) -> list[dict]:
         """Put the newest complete save into module and optimizers; returns the history up to it."""
-        text = self.metrics.read_text() if self.metrics.exists() else ""
-        history = [json.loads(line) for line in text.splitlines()]
+        history = self.history()
         if not self.keep and history and history[-1]["step"] == steps:
             return history
         # A first guess at what a save takes: 12 bytes a parameter, 1 GB a second.
@@ -687,10 +684,8 @@ class Checkpoint:
 
     def due(self, shared=False) -> bool:
         """Is it time to save? Of processes that train together the first one decides."""
-        due = [time.monotonic() - self.saved_at > self.seconds]
-        if shared and rank_and_world()[1] > 1:
-            dist.broadcast_object_list(due)
-        return due[0]
+        due = time.monotonic() - self.saved_at > self.seconds
+        return gather(due)[0] if shared else due
 
     def save(self, history, module, optimizers=(), shared=False) -> None:
         """Of processes that train together the first one writes; of a model cut over them, all."""
@@ -698,6 +693,7 @@ class Checkpoint:
         cut = any(isinstance(p, DTensor) for p in module.parameters())
         first = not shared or rank_and_world()[0] == 0
         if first:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write(self.metrics, "".join(json.dumps(row) + "\n" for row in history))
             shutil.rmtree(new, ignore_errors=True)
         if cut:
@@ -709,17 +705,16 @@ class Checkpoint:
         self.saved_at = time.monotonic()
         self.seconds = max(self.seconds, 10 * (self.saved_at - start))
 
-def write(path: Path, text: str) -> None:
-    """A file that is there whole or not at all, also after a power cut."""
-    with open(f"{path}.new", "w") as file:
-        file.write(text)
+def write(path: Path, content) -> None:
+    """Text, or an array as .npy, in a file that is there whole or not at all, whatever happens."""
+    with open(f"{path}.new", "wb") as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            np.save(file, content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
-
-def peak_bytes() -> int:
-    """The most GPU memory that this process has held at a time."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 # ------------------------------------------------------------------ more than one process: torchrun
 
@@ -814,17 +809,24 @@ def attention_io(model, tokens, layers) -> dict[int, tuple]:
     """{l: (x_l, y_l)}: input and output [B, T, D] of the attention of `layers`, in one pass."""
     seen = {}
 
-    def remember(attention, args, kwargs, output):
-        seen[attention.layer_idx] = kwargs["hidden_states"], output[0]
+    def remember(i, how, y):
+        seen[i] = how["hidden_states"], y
+        return y
 
-    attentions = [model.model.layers[i].self_attn for i in layers]
-    handles = [a.register_forward_hook(remember, with_kwargs=True) for a in attentions]
-    try:
+    with replaced(model, layers, remember):
         last_hidden(model, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
+
+@contextlib.contextmanager
+def replaced(model, layers, output=lambda i, how, y: torch.zeros_like(y)):
+    """Within it, attention l of layers gives output(l, its keyword arguments, its own output)."""
+    def hook(attention, args, how, y):
+        return output(attention.layer_idx, how, y[0]), *y[1:]
+    with contextlib.ExitStack() as hooks:
+        for i in layers:
+            attention = model.model.layers[i].self_attn
+            hooks.enter_context(attention.register_forward_hook(hook, with_kwargs=True))
+        yield
 
 # ---------------------------------------------------------------- stage S: KL-guided selection
 
@@ -842,11 +844,9 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
                   recall=None, made=None, **scoring) -> Selection:  # fmt: skip
     """Which k of the L layers should stay softmax, by a score in SELECTORS?
 
-    student: the *all-linear* student after stage 1, with its `history` (for GA-S1). batches: what
-    candidates train on; held_out: {kind: [tokens [B, T], ...]}, what they are scored on.
-    recall(model): an accuracy (for AR). made: a dict that keeps scores from one call to the next.
-    scoring: the options of `score_layers`; `checkpoint(sets, early)` is given also what an early
-    end depends on.
+    student: the *all-linear* student after stage 1, with its `history` (for GA-S1). recall(model):
+    an accuracy (for AR). made: a dict that keeps scores from one call to the next. The rest as in
+    `score_layers`, but that `checkpoint(sets, early)` is given also what an early end depends on.
     """
     L = len(mixers(student))
     if student.config.softmax_layers:
@@ -868,29 +868,30 @@ def best_first(importance) -> list[int]:
 class Scoring(types.SimpleNamespace):
     """What a selector scores with, the arguments of `select_layers`, and what it spent so far."""
 
-    def kl(self, sets, kept=(), steps=None, k=None) -> dict[int, float]:
-        """Held-out KL of each hybrid of `sets` by `score_layers`; steps=0: without training.
+    def kl(self, sets, kept=(), k=None, trained=True) -> dict[int, float]:
+        """Held-out KL of each hybrid of `sets` by `score_layers`, or without training.
 
         kept: what the sets share, for the record; k: how many of the lowest an early stop watches.
         """
-        steps, k = self.steps if steps is None else steps, k or self.k
-        early = [k, *sets.values()] if self.how.get("early_stop") else []
-        names, none = {i: str([sets[i], early]) for i in sets}, lambda group, early: None
-        new = {i: layers for i, layers in sets.items()
-               if self.made.get(names[i], [{"step": -1}])[-1]["step"] < min(steps, 1)}  # fmt: skip
+        k, how, stop = k or self.k, dict(self.how), self.how.get("early_stop", 0)
+        early = [stop, k, *sets.values()] if stop else []
+        names = {i: str([layers, early]) for i, layers in sets.items()}
+        points = 2 if trained else 1  # of training, of step 0
+        new = {i: sets[i] for i in sets if len(self.made.get(names[i], ())) < points}
+        if not trained:
+            how |= {"checkpoint": None, "early_stop": 0}
+        elif how.get("checkpoint"):
+            how["checkpoint"] = lambda group: self.how["checkpoint"](group, early)
         if new:
-            save = self.how.get("checkpoint", none) if steps else none
-            how = {**self.how, "checkpoint": lambda group: save(group, early)}
-            how["early_stop"] = steps and how.get("early_stop", 0)
-            found = score_layers(
-                self.student, self.teacher, self.batches, self.held_out, new, steps, k=k, **how)
+            found = score_layers(self.student, self.teacher, self.batches, self.held_out, new,
+                                 self.steps if trained else 0, k=k, **how)  # fmt: skip
             self.made.update({names[i]: curve for i, curve in found.items()})
         curves = {i: self.made[names[i]] for i in sets}
-        if steps == 0:
+        if trained:
+            self.spend(sum(curve[-1]["step"] for curve in curves.values()))
+        else:
             curves = {i: curve[:1] for i, curve in curves.items()}
             self.evaluations += len(sets)
-        else:
-            self.spend(sum(curve[-1]["step"] for curve in curves.values()))
         self.rounds.append({"kept": kept or [], "curves": curves})
         return {i: curve[-1]["kl"] for i, curve in curves.items()}
 
@@ -955,22 +956,9 @@ def ablate(x, error):
             sums[i] += float(wrong) * tokens.numel() / every
     return sums
 
-@contextlib.contextmanager
-def replaced(model, layers, output=lambda i, how, y: torch.zeros_like(y)):
-    """Within it, attention l of layers gives output(l, its keyword arguments, its own output)."""
-    def hook(attention, args, how, y):
-        return output(attention.layer_idx, how, y[0]), *y[1:]
-    attentions = [model.model.layers[i].self_attn for i in layers]
-    handles = [a.register_forward_hook(hook, with_kwargs=True) for a in attentions]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
 def zero_shot(x):
     """-KL of the all-linear student with only l restored, without training: step 0 of GA-S2."""
-    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}, steps=0).items()}
+    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}, trained=False).items()}
 
 def smart(x):
     """Spread-out sensitivity: of all sets with the first and last layer, and with gaps between
@@ -1016,17 +1004,17 @@ def gates(x, lr=0.1, pull=0.5):
         return (a * y + (1 - a) * linear[i](**how)[0]).to(y.dtype)
 
     def losses(tokens):
-        for _, kl in kl_to_teacher({"": student}, x.teacher, tokens):
-            yield "kl", kl, 1.0
+        yield from kl_to_teacher({"kl": student}, x.teacher, tokens)
         yield "gates", theta[0].sigmoid().mean(), pull
 
     # Adam's first steps are as long for every gate: it takes some for the gates to part.
     steps = max(100, x.steps) if callable(x.batches) else x.steps
     groups = [{"params": list(theta), "lr": lr, "weight_decay": 0.0}]
-    save = x.how.get("checkpoint", lambda sets, early: None)({"gates": ["gates", lr, pull]}, [])
+    save = x.how.get("checkpoint")
     with replaced(student, x.layers, mixed):
         history = train(
-            [theta], adamw(groups), losses, x.batches, steps, checkpoint=save, shared=True,
+            [theta], adamw(groups), losses, x.batches, steps, shared=True,
+            checkpoint=save and save({"gates": ["gates", lr, pull]}, []),
             micro_batch=x.how.get("micro_batch"), evaluate_every=x.how.get("evaluate_every"),
             evaluation=lambda: {"a": theta[0].sigmoid().tolist()})  # fmt: skip
     x.spend(steps)
@@ -1045,7 +1033,7 @@ SELECTORS = {"ga-s1": ga_s1, "ga-s2": ga_s2, "gr-s2": gr_s2, "avg-s2": avg_s2, "
 
 def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, rest_lr=7e-6,
                  evaluate_every=None, early_stop=0, k=1, at_once=None, micro_batch=None,
-                 checkpoint=lambda sets: None, shard=False):  # fmt: skip
+                 checkpoint=None, shard=False):  # fmt: skip
     """One round of scores, held-out KL: {layer: [{"step", "kl", "kl_<kind>"}, ...]}.
 
     sets: {layer: the softmax layers of the hybrid that is trained, like stage 2, to score it}.
@@ -1063,33 +1051,27 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
     at_once = at_once or min(candidates_that_fit(student), -(-len(layers) // 8))
     groups = [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
     rank, world = (0, 1) if shard else rank_and_world()
-    checkpoints = [checkpoint({i: sets[i] for i in group}) for group in groups]
-    if early_stop and None in checkpoints:
+    if early_stop and checkpoint is None:
         raise UserError("early stopping trains candidates an interval at a time: give a checkpoint")
+    checkpoints = [checkpoint and checkpoint({i: sets[i] for i in group}) for group in groups]
     curves = {}
     for end in [*range(every, steps, every), steps] if early_stop else [steps]:
         for group, saved in [*zip(groups, checkpoints)][rank::world]:
-            models = {i: restore_attention(student, teacher, sets[i]) for i in group}
+            models = {f"layer {i}": restore_attention(student, teacher, sets[i]) for i in group}
             if shard:
-                models = {i: cut_over_processes(model) for i, model in models.items()}
+                models = {name: cut_over_processes(model) for name, model in models.items()}
             parameters = [parameter_groups(model, lr, rest_lr) for model in models.values()]
-
-            def losses(tokens):
-                for i, loss in kl_to_teacher(models, teacher, tokens):
-                    yield f"layer {i}", loss, 1.0
-
             history = train(
-                list(models.values()), adamw(sum(parameters, [])), losses, batches, steps,
+                list(models.values()), adamw(sum(parameters, [])),
+                lambda tokens: kl_to_teacher(models, teacher, tokens), batches, steps,
                 evaluation=lambda: {"held_out": held_out_kl(models, teacher, held_out)},
                 evaluate_every=every, until=end, micro_batch=micro_batch, checkpoint=saved,
-                shared=shard,
-            )  # fmt: skip
+                shared=shard)  # fmt: skip
             seen = [row for row in history if "held_out" in row]
             for i in group:
-                curves[i] = [{"step": row["step"], **row["held_out"][str(i)]} for row in seen]
-        if world > 1:
-            found = {i: curve for of_process in gather(curves) for i, curve in of_process.items()}
-            curves = {i: found[i] for i in layers}
+                curves[i] = [{"step": row["step"], **row["held_out"][f"layer {i}"]} for row in seen]
+        found = {i: curve for of_process in gather(curves) for i, curve in of_process.items()}
+        curves = {i: found[i] for i in layers}
         if early_stop and settled(curves, early_stop, k):
             break
     return curves
@@ -1115,12 +1097,13 @@ def settled(curves, evaluations: int, k: int) -> bool:
     return len(sets) == 1
 
 def kl_to_teacher(models: dict, teacher, tokens):
-    """Yields (name, KL(teacher || model)) for each model; they share one teacher pass."""
+    """Yields (name, KL(teacher || model), 1.0) for each model; they share one teacher pass."""
     with torch.no_grad():
         teacher_hidden = last_hidden(teacher, tokens)
     for name, model in models.items():
         hidden = last_hidden(model, tokens)
-        yield name, kl_loss(hidden, whole(model.lm_head.weight), teacher_hidden, teacher.lm_head)
+        head = whole(model.lm_head.weight)
+        yield name, kl_loss(hidden, head, teacher_hidden, teacher.lm_head), 1.0
 
 @torch.no_grad()
 def held_out_kl(models: dict, teacher, held_out) -> dict[str, dict]:
@@ -1136,33 +1119,30 @@ def held_out_kl(models: dict, teacher, held_out) -> dict[str, dict]:
     for kind, batches in held_out.items():
         of_kind = sum(tokens.numel() for tokens in batches)
         for tokens in batches:
-            for name, kl in kl_to_teacher(models, teacher, tokens.to(teacher.device)):
+            for name, kl, _ in kl_to_teacher(models, teacher, tokens.to(teacher.device)):
                 sums[name]["kl"] += float(kl) * tokens.numel() / every
                 sums[name][f"kl_{kind}"] += float(kl) * tokens.numel() / of_kind
     for name, model in models.items():
         model.train(modes[name])
-    return {str(name): means for name, means in sums.items()}
+    return sums
 
-# What was published with [1]'s code, 0-based, best first. Of the last two teachers' ga_s2 only the
-# first seven and all nine are known, as sets.
+# What was published with [1]'s code, 0-based, best first. Of a ga_s2 of nine layers only the first
+# seven and all nine are known, as sets.
 PUBLISHED = """
-Llama-3.2-3B | ar 0 16 11 14 7 5 9 13 2 12 1 8 27 26
-Llama-3.2-3B | ar_multihop 0 13 12 16 11 7 23 14 10 5 21 25 9 8
-Llama-3.2-3B | ga_s2 14 8 5 12 15 13 2 26 24 16 17 18 21 10
-Llama-3.2-3B | mse 0 1 27 24 25 2 26 4 15 23 19 21 3 18 | ppl 0 1 27 2 24 3 26 25 4 14 15 19 16 5
-Llama-3.2-3B | gla 14 8 12 5 16 15 13 2 24 17 18 26 21 10
-Qwen2.5-1.5B | ar 0 16 13 22 1 14 18 15 27 | ar_multihop 0 16 20 11 13 22 12 27 15
-Qwen2.5-1.5B | ga_s2 14 19 20 23 24 26 27 8 12 | mse 0 27 1 2 3 26 4 21 24
-Qwen2.5-1.5B | ppl 0 1 27 25 26 21 2 22 24
-Qwen2.5-3B | ar 0 1 27 18 20 25 24 26 21 8 12 19 23 7 35 17 33 22
-Qwen2.5-3B | ar_multihop 0 1 27 21 26 16 20 5 23 24 18 6 13 3 9 22 8 17
-Qwen2.5-3B | ga_s2 20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13
-Qwen2.5-3B | mse 0 1 35 34 31 33 32 30 8 12 27 3 4 2 6 5 28 10
-Qwen2.5-3B | ppl 0 1 35 34 32 31 33 30 27 12 6 5 9 8 29 2 4 7
-Qwen2.5-3B | gla 33 32 20 25 31 21 22 30 27 17 5 19 26 7 29 28 3 15
-Qwen2.5-7B | ar 0 6 27 15 16 22 1 13 14 | ar_multihop 0 27 10 6 14 16 13 22 5
-Qwen2.5-7B | ga_s2 14 22 16 17 5 23 26 8 15 | mse 0 27 3 26 4 9 24 23 25
-Qwen2.5-7B | ppl 0 27 3 26 23 25 24 9 6
+Llama-3.2-3B | ar 0 16 11 14 7 5 9 13 2 12 1 8 27 26 \
+| ar_multihop 0 13 12 16 11 7 23 14 10 5 21 25 9 8 | ga_s2 14 8 5 12 15 13 2 26 24 16 17 18 21 10 \
+| mse 0 1 27 24 25 2 26 4 15 23 19 21 3 18 | ppl 0 1 27 2 24 3 26 25 4 14 15 19 16 5 \
+| gla 14 8 12 5 16 15 13 2 24 17 18 26 21 10
+Qwen2.5-1.5B | ar 0 16 13 22 1 14 18 15 27 | ar_multihop 0 16 20 11 13 22 12 27 15 \
+| ga_s2 14 19 20 23 24 26 27 8 12 | mse 0 27 1 2 3 26 4 21 24 | ppl 0 1 27 25 26 21 2 22 24
+Qwen2.5-3B | ar 0 1 27 18 20 25 24 26 21 8 12 19 23 7 35 17 33 22 \
+| ar_multihop 0 1 27 21 26 16 20 5 23 24 18 6 13 3 9 22 8 17 \
+| ga_s2 20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13 \
+| mse 0 1 35 34 31 33 32 30 8 12 27 3 4 2 6 5 28 10 \
+| ppl 0 1 35 34 32 31 33 30 27 12 6 5 9 8 29 2 4 7 \
+| gla 33 32 20 25 31 21 22 30 27 17 5 19 26 7 29 28 3 15
+Qwen2.5-7B | ar 0 6 27 15 16 22 1 13 14 | ar_multihop 0 27 10 6 14 16 13 22 5 \
+| ga_s2 14 22 16 17 5 23 26 8 15 | mse 0 27 3 26 4 9 24 23 25 | ppl 0 27 3 26 23 25 24 9 6
 """
 PUBLISHED = {
     (f"{teacher.strip()}-Instruct", score): [int(i) for i in layers]
@@ -1212,8 +1192,7 @@ def distill_logits(student, teacher, batches, steps, lr=1e-4, rest_lr=7e-6, **ho
     `train`. Trains in place; returns the history ("kl").
     """
     def losses(tokens):
-        for _, loss in kl_to_teacher({"": student}, teacher, tokens):
-            yield "kl", loss, 1.0
+        return kl_to_teacher({"kl": student}, teacher, tokens)
 
     optimizers = adamw(parameter_groups(student, lr, rest_lr))
     return train([student], optimizers, losses, batches, steps, shared=True, **how)
@@ -1302,11 +1281,19 @@ def resolve(s, teacher):
 
     teacher: its weights do not matter, and may be on the meta device.
     """
+    if bool(s.teacher) != bool(s.data):
+        raise UserError("--teacher and --data go together; without both, all is embedded")
+    if not s.teacher and (s.chat or s.data_config or s.dtype or s.text_column != "text"):
+        raise UserError("--chat, --data-config, --text-column and --dtype are for a --teacher")
+    if s.data_config and Path(s.data).exists():
+        raise UserError(f"--data-config is for a hub dataset, and {s.data} is a local path")
+    if s.shard and rank_and_world()[1] == 1:
+        raise UserError("--shard cuts a student over processes: start several with torchrun")
     L, large, s.budgets = len(teacher.model.layers), teacher.num_parameters() >= 10**9, {}
     for stage, default in (PAPER if large else SMALL if s.teacher else EMBEDDED).items():
-        values = {n: getattr(s, f"{stage}_{n}", None) for n in dataclasses.asdict(default)}
-        values = {n: value for n, value in values.items() if value is not None}
-        s.budgets[stage] = dataclasses.replace(default, **values)
+        given = {n: getattr(s, f"{stage}_{n}", None) for n in dataclasses.asdict(default)}
+        given = {n: value for n, value in given.items() if value is not None}
+        s.budgets[stage] = dataclasses.replace(default, **given)
     rows = "none" if large else "all-linear,uniform,centred,random"
     rows += ",first,last,random-1,random-2" if s.teacher and not large else ""
     s.baselines = [name for name in (s.baselines or rows).split(",") if name != "none"]
@@ -1469,16 +1456,8 @@ def load_tokens(s, tokenizer):
     name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need])
     file = Path(s.out) / f"tokens-{name}.npy"
     if not file.exists() and rank_and_world()[0] == 0:
-        parts, bar = [np.zeros(0, np.uint32)], tqdm(total=need, desc="tokenise", unit_scale=True)
-        for ids in tokenised(s, tokenizer):
-            parts.append(ids)
-            bar.update(len(ids))
-            if bar.n >= need:
-                break
-        with open(f"{file}.new", "wb") as new:
-            np.save(new, np.concatenate(parts)[:need])
-            os.fsync(new.fileno())
-        os.replace(new.name, file)
+        ids = itertools.islice(itertools.chain.from_iterable(tokenised(s, tokenizer)), need)
+        write(file, np.fromiter(tqdm(ids, "tokenise", need, unit_scale=True), np.uint32))
     gather("tokenised")
     return np.load(file, mmap_mode="r")
 
@@ -1495,10 +1474,9 @@ def tokenised(s, tokenizer):
             raise UserError(f"--chat needs lists of messages in {s.text_column!r} of {s.data}")
         if s.chat:
             texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
-        special = dict(add_special_tokens=not s.chat)  # a chat template writes its own
-        for ids in tokenizer(texts, **special)["input_ids"] if texts else ():
-            closed = eos is None or ids[-1:] == [eos]
-            yield np.array(ids if closed else [*ids, eos], np.uint32)
+        own = not s.chat  # a chat template writes the special tokens itself
+        for ids in tokenizer(texts, add_special_tokens=own)["input_ids"] if texts else ():
+            yield ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 def load_documents(s):
     """The rows of --data as a streamed, shuffled `datasets` dataset."""
@@ -1508,9 +1486,8 @@ def load_documents(s):
         raise UserError("--data other than .npy needs the package datasets") from None
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     path = Path(s.data)
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [str(file) for file in files if file.suffix in kinds]
-    found = {kinds[Path(file).suffix] for file in files}
+    files = [file for file in (path, *sorted(path.rglob("*"))) if file.suffix in kinds]
+    found = {kinds[file.suffix] for file in files}
     saved = any((path / f"dataset_{what}.json").exists() for what in ("info", "dict"))
     if path.exists() and not saved and len(found) != 1:
         raise UserError(f"{path} must be or hold .txt, .jsonl or .parquet files of one kind")
@@ -1521,7 +1498,7 @@ def load_documents(s):
             rows = (rows["train"] if isinstance(rows, dict) else rows).to_iterable_dataset()
         elif path.exists():
             how = {"sample_by": "document"} if found == {"text"} else {}
-            rows = datasets.load_dataset(*found, data_files=files, **how, **streamed)
+            rows = datasets.load_dataset(*found, data_files=[*map(str, files)], **how, **streamed)
         else:
             rows = datasets.load_dataset(s.data, s.data_config, **streamed)
     return rows.shuffle(seed=s.seed, buffer_size=10_000)
@@ -1562,8 +1539,8 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
     """Recall as language: prompts [count, length] of filler [N] with `needles` sentences at random
     places, each a number of five digits for a name, and a question for one; answers [count, A]."""
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    bos, words, prompts, answers = tokenizer.encode("")[:1], WORDS.split(), [], []
-    bos = [token for token in bos if token == tokenizer.bos_token_id]
+    bos = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
+    words, prompts, answers = WORDS.split(), [], []
     for _ in range(count):
         drawn = torch.randperm(256, generator=draw)[:needles].tolist()
         names = [f"{words[i // 16]}-{words[i % 16]}" for i in drawn]
@@ -1719,74 +1696,70 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         return stages.setdefault(folder.name, Checkpoint(folder, keep))
 
     def of_group(sets, early):
-        early = [s.early_stop, *early] if early else []
         after = [b["align"], b["select"], s.evaluate_every, s.held_out, early, [*sets.values()]]
         return checkpoint(f"select-{'-'.join(map(str, sets))}", *after, keep=False)
 
-    def train_stage(stage, student, *inputs, **options):
+    def train_stage(name, stage, saved, student, *teacher, **rates):
         torch.manual_seed(s.seed)
         stage = functools.partial(sharded, stage) if s.shard else stage
-        return stage(student, *inputs, micro_batch=s.micro_batch, **options)
+        return stage(student, *teacher, batches[name], b[name].steps, b[name].lr, **rates,
+                     micro_batch=s.micro_batch, checkpoint=saved)  # fmt: skip
 
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
     if s.checkpointing:
         recompute_activations(student)
-    aligned = train_stage(
-        align_hidden_states, student, teacher, batches["align"], b["align"].steps, b["align"].lr,
-        b["align"].lr / 100, checkpoint=checkpoint("align", b["align"]))  # fmt: skip
+    aligned = train_stage("align", align_hidden_states, checkpoint("align", b["align"]),
+                          student, teacher, final_lr=b["align"].lr / 100)  # fmt: skip
 
     def recall(model):
         return recall_accuracy(model, *recall_prompts(*words, 32, 256, seeded(s.seed, "ar")))
 
-    selections, made, validation = {}, {}, None
+    title = "kl-guided" if s.select in ("ga-s2", "greedy") else s.select
+    found, made, validation = {"teacher": {"chosen": [*range(L)]}}, {}, None
     for name in names:
         if name in s.placed:
-            selections[name] = Selection(s.placed[name])
-            continue
-        validation = validation or corpus.held_out("validation", s.held_out, b["select"].length)
-        torch.manual_seed(s.seed)
-        found = select_layers(
-            student, teacher, batches["select"], validation, s.softmax_layers, b["select"].steps,
-            name, aligned, recall, made, lr=b["select"].lr, rest_lr=b["select"].rest_lr,
-            at_once=s.candidates_at_once, evaluate_every=s.evaluate_every, early_stop=s.early_stop,
-            micro_batch=s.micro_batch, checkpoint=of_group, shard=s.shard)  # fmt: skip
-        selections[name] = gather(found)[0]  # a tie may fall otherwise on another GPU
-    selection = {"name": s.select, **dataclasses.asdict(selections.pop(s.select))}
-    if s.select in ("ga-s2", "greedy"):
-        curves, selection["name"] = selection["rounds"][0]["curves"], "kl-guided"
+            one = Selection(s.placed[name])
+        else:
+            validation = validation or corpus.held_out("validation", s.held_out, b["select"].length)
+            torch.manual_seed(s.seed)
+            one = select_layers(
+                student, teacher, batches["select"], validation, s.softmax_layers,
+                b["select"].steps, name, aligned, recall, made, lr=b["select"].lr,
+                rest_lr=b["select"].rest_lr, at_once=s.candidates_at_once,
+                evaluate_every=s.evaluate_every, early_stop=s.early_stop,
+                micro_batch=s.micro_batch, checkpoint=of_group, shard=s.shard)  # fmt: skip
+            one = gather(one)[0]  # a tie may fall otherwise on another GPU
+        found[title if name == s.select else name] = dataclasses.asdict(one)
+    selection = found[title] = {"name": title, **found[title]}
+    if title == "kl-guided":
+        curves = selection["rounds"][0]["curves"]
         of_kind = {kind: best_layers(curves, kind=f"kl_{kind}") for kind in validation}
         selection["ranking_of_kind"] = of_kind
     if first:
         write(out / "selection.json", json.dumps(selection, indent=1))
 
     test = corpus.held_out("test", s.held_out, b["distill"].length)
-    found = {name: dataclasses.asdict(one) for name, one in selections.items()}
-    found = {"teacher": {"chosen": [*range(L)]}, selection["name"]: selection, **found}
     places = {name: sorted(one["chosen"]) for name, one in found.items()}
 
     def row_file(layers):
         after = [b["align"], layers, b["distill"], b["finetune"], s.held_out]
         return out / f"row-{key([base, *after])}.json"
 
-    done = [name for name, layers in places.items() if row_file(layers).exists()]
-    gather("nobody writes before all have looked")
+    done = gather([name for name, layers in places.items() if row_file(layers).exists()])[0]
     for name, layers in places.items():
-        model, after = teacher, [b["align"], list(layers), b["distill"]]
-        if name != "teacher":
-            to_distill = checkpoint("distill", *after)
-            to_finetune = checkpoint("finetune", *after, b["finetune"])
-        if name != "teacher" and (name not in done or name == selection["name"]):
+        model, after = teacher, [b["align"], layers, b["distill"]]
+        saves = checkpoint("distill", *after), checkpoint("finetune", *after, b["finetune"])
+        if name != "teacher" and (name not in done or name == title):
             model = restore_attention(student, teacher, layers)
-            train_stage(distill_logits, model, teacher, batches["distill"], b["distill"].steps,
-                        b["distill"].lr, b["distill"].rest_lr, checkpoint=to_distill)  # fmt: skip
-            train_stage(finetune, model, batches["finetune"], b["finetune"].steps,
-                        b["finetune"].lr, checkpoint=to_finetune)  # fmt: skip
-        if first and name == selection["name"]:
+            rest_lr = b["distill"].rest_lr
+            train_stage("distill", distill_logits, saves[0], model, teacher, rest_lr=rest_lr)
+            train_stage("finetune", finetune, saves[1], model)
+        if first and name == title:
             model.save_pretrained(out / "student")
             tokenizer.save_pretrained(out / "student")
         if first and not row_file(layers).exists():
-            row = {"softmax_layers": list(layers), **evaluate(model, teacher, test)}
+            row = {"softmax_layers": layers, **evaluate(model, teacher, test)}
             row |= {**corpus.recall(model), "cache_bytes": cache_bytes(model, b["finetune"].length)}
             write(row_file(layers), json.dumps(row))
     if not first:
@@ -1812,15 +1785,18 @@ def machine(device: str) -> str:
 def stage_rows(checkpoints) -> list[dict]:
     """What every stage of the run used, and its first and last loss."""
     found = []
-    for checkpoint in (c for c in checkpoints if c.metrics.exists()):
-        lines = checkpoint.metrics.read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if "loss" in row]
-        total = {what: sum(row[what] for row in rows) for what in ("tokens", "seconds")}
-        total["tokens_per_second"] = round(total["tokens"] / total["seconds"])
-        last = {what: rows[-1][what] for what in ("step", "micro_batch")}
-        peak, losses = max(row["peak_bytes"] for row in rows), [rows[0]["loss"], rows[-1]["loss"]]
-        what = {"stage": checkpoint.folder.name, **last, **total}
-        found.append({**what, "peak_bytes": peak, "losses": losses})
+    for checkpoint in checkpoints:
+        rows = [row for row in checkpoint.history() if "loss" in row]
+        if not rows:
+            continue
+        tokens, seconds = (sum(row[what] for row in rows) for what in ("tokens", "seconds"))
+        found.append({
+            "stage": checkpoint.folder.name, "step": rows[-1]["step"],
+            "micro_batch": rows[-1]["micro_batch"], "tokens": tokens, "seconds": seconds,
+            "tokens_per_second": round(tokens / seconds),
+            "peak_bytes": max(row["peak_bytes"] for row in rows),
+            "losses": [rows[0]["loss"], rows[-1]["loss"]],
+        })  # fmt: skip
     return found
 
 def table(rows: list[dict]) -> str:
@@ -1851,12 +1827,11 @@ def markdown(report) -> str:
     for kind, ranking in report["selection"].get("ranking_of_kind", {}).items():
         parts.append(f"Ranked on {kind} alone, best first: {ranking}\n")
     ranked = {name: x["ranking"] for name, x in report["selections"].items() if x.get("ranking")}
-    def spearman(a, b):
-        return 1 - 6 * sum((a.index(i) - b.index(i)) ** 2 for i in a) / max(1, len(a) ** 3 - len(a))
-    if len(ranked) > 1:
+    if len(ranked) > 1:  # Spearman: the correlation of the places that each gives to the layers
+        places = torch.tensor([*ranked.values()]).argsort().double()
+        rows = zip(ranked, torch.corrcoef(places).tolist())
         parts.append("Rank correlation (Spearman) of the selectors:\n")
-        parts.append(table([{"selector": a, **{b: spearman(ranked[a], ranked[b]) for b in ranked}}
-                            for a in ranked]))  # fmt: skip
+        parts.append(table([{"selector": name, **dict(zip(ranked, row))} for name, row in rows]))
     return "\n".join(parts)
 
 def plan(s, teacher) -> str:
@@ -1885,17 +1860,6 @@ def join_torchrun(s):
                             timeout=datetime.timedelta(days=1))  # fmt: skip
     return store
 
-def check(s) -> None:
-    """UserError for options that do not go together."""
-    if bool(s.teacher) != bool(s.data):
-        raise UserError("--teacher and --data go together; without both, all is embedded")
-    if not s.teacher and (s.chat or s.data_config or s.dtype or s.text_column != "text"):
-        raise UserError("--chat, --data-config, --text-column and --dtype are for a --teacher")
-    if s.data_config and Path(s.data).exists():
-        raise UserError(f"--data-config is for a hub dataset, and {s.data} is a local path")
-    if s.shard and rank_and_world()[1] == 1:
-        raise UserError("--shard cuts a student over processes: start several with torchrun")
-
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp in one process
@@ -1903,7 +1867,6 @@ def main(argv=None) -> int:
     store = join_torchrun(s)
     first = rank_and_world()[0] == 0
     try:
-        check(s)
         resolve(s, bones := skeleton(s))
         if first:
             print(plan(s, bones))
