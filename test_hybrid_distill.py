@@ -1332,7 +1332,8 @@ def test_one_command_compares_selectors(tmp_path):
     assert list(rows) == ["teacher", "kl-guided", *names.split(",")]
     cost = lambda name: (rows[name]["selection_tokens"], rows[name]["selection_evaluations"])
     assert cost("kl-guided") == (4 * 64, 0) and cost("avg-s2") == (8 * 64, 0)
-    assert cost("gates") == (64, 0) and cost("gates+ga-s2") == (3 * 64, 0)
+    assert cost("gates") == (100 * 32, 0)  # steps, and tokens of one
+    assert cost("gates+ga-s2") == (100 * 32 + 2 * 64, 0)
     assert cost("mse") == (0, 5) and cost("smart") == (0, 4) and cost("first") == cost("ga-s1")
     assert "| selector | kl-guided | ga-s1 |" in (tmp_path / "run" / "report.md").read_text()
     done = {file: file.read_text() for file in (tmp_path / "run").glob("*/metrics.jsonl")}
