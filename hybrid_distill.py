@@ -1840,7 +1840,7 @@ def plan(s, teacher) -> str:
     K, memory = s.softmax_layers, 18 * teacher.num_parameters() / 2**30
     runs = {"ga-s2": L, "gr-s2": L, "avg-s2": 2 * L, "greedy": sum(range(L - K + 1, L + 1))}
     gates = -(-100 // s.budgets["select"].steps)  # at least 100 steps
-    runs |= {"gates": gates, "gates+ga-s2": gates + min(L, 2 * K)}  # at most: what is shared is done once
+    runs |= {"gates": gates, "gates+ga-s2": gates + min(L, 2 * K)}  # what is shared is done once
     candidates = sum(runs.get(name, 0) for name in {s.select, *s.baselines})
     times = dict(align=1, select=candidates, distill=students, finetune=students)
     rows = [{"stage": stage, "times": times[stage], **vars(b)} for stage, b in s.budgets.items()]

@@ -1203,10 +1203,10 @@ def select_by(teacher, name, k=1, held_out=HELD_OUT, steps=4, **more):
 
 @pytest.mark.parametrize("name", KEPT_BY)
 def test_every_selector_finds_the_planted_layer(name):
-    found = select_by(planted([2]), name, steps=20 if "gates" in name else 4)
+    found = select_by(planted([2]), name)
     assert found.chosen == [2] and sorted(found.ranking) == [0, 1, 2, 3] == sorted(found.importance)
-    runs = {"ga-s2": 4 * 4, "gr-s2": 4 * 4, "avg-s2": 8 * 4, "greedy": 4 * 4, "gates": 20,
-            "gates+ga-s2": 20 + 2 * 20}.get(name, 0)
+    runs = {"ga-s2": 4 * 4, "gr-s2": 4 * 4, "avg-s2": 8 * 4, "greedy": 4 * 4, "gates": 100,
+            "gates+ga-s2": 100 + 2 * 4}.get(name, 0)
     looks = {"mse": 5, "ppl": 5, "zero-shot": 4}.get(name, 0)
     assert (found.tokens, found.evaluations) == (runs * 64, looks)
 
