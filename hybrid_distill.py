@@ -87,10 +87,16 @@ class UserError(ValueError):
 class LinearAttention(nn.Module):
     """What the mixers share: q, k, v, the output y, the cache, padding and packing.
 
-    A mixer is a subclass in this file, named in `MIXERS`, with the parameters of its gates, with
-    `gated(x, q, k, v)` -> q, k, v and gates, and with `rules`. The head size is the attention's
-    own, and q/k/v biases (Qwen2) and q/k norms (Qwen3) are carried over, unlike in the official
-    code.
+    A mixer is a subclass in this file, named in `MIXERS`, with
+
+    init_gates(hidden_size, **to)  its parameters; weights of nn.Linear are drawn anew behind it
+    gated(x, q, k, v)   x [B, T, D], others [B, T, H, Dh] -> q, k, v and gates, as the rules take
+                        them. Padding sets all but q to 0: give a decay as its logarithm
+    rules()             (chunked, one token): (q, k, v, gates, initial_state=, output_final_state=,
+                        cu_seqlens=) -> o [B, T, H, Dh], S, as in kernels.py
+
+    The head size is the attention's own, and q/k/v biases (Qwen2) and q/k norms (Qwen3) are carried
+    over, unlike in the official code.
     """
     fp32 = ()  # parameters that stay fp32 whatever the model is
 
@@ -230,6 +236,7 @@ class GatedLinearAttention(LinearAttention):
         nn.init.zeros_(W_2.bias)
 
     def gated(self, x, q, k, v):
+        k, v = k.to(q.dtype), v.to(q.dtype)
         return q, k, v, F.logsigmoid(self.a_proj(x).float()).view(q.shape) / 16
 
     def rules(self):
@@ -493,6 +500,8 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
 
 def restore_attention(student, teacher, softmax_layers):
     """A copy of the all-linear `student` with the teacher's attention in `softmax_layers`."""
+    if student.config.softmax_layers:
+        raise UserError("attention is restored in the all-linear student, not in a hybrid")
     hybrid = copy.deepcopy(student)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
@@ -574,6 +583,8 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
         everything.eval()
     if checkpoint and start < end == steps:
         checkpoint.save(history, everything, (), shared)
+    if checkpoint and shared:
+        gather("whoever loads this stage finds it saved")
     return history
 
 def back_propagate(losses, tokens, micro_batch, parameters, shared=False):
@@ -1048,15 +1059,16 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
     Unlike the official code: held-out KL on fixed batches, not a logged training loss.
     """
     every, layers = evaluate_every or max(1, steps // 2), list(sets)
-    at_once = at_once or min(candidates_that_fit(student), -(-len(layers) // 8))
+    at_once = at_once or min(*gather(candidates_that_fit(student)), -(-len(layers) // 8))
     groups = [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
     rank, world = (0, 1) if shard else rank_and_world()
     if early_stop and checkpoint is None:
         raise UserError("early stopping trains candidates an interval at a time: give a checkpoint")
     checkpoints = [checkpoint and checkpoint({i: sets[i] for i in group}) for group in groups]
-    curves = {}
     for end in [*range(every, steps, every), steps] if early_stop else [steps]:
+        mine = {}
         for group, saved in [*zip(groups, checkpoints)][rank::world]:
+            models = parameters = None  # the last group's make room
             models = {f"layer {i}": restore_attention(student, teacher, sets[i]) for i in group}
             if shard:
                 models = {name: cut_over_processes(model) for name, model in models.items()}
@@ -1069,21 +1081,22 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
                 shared=shard)  # fmt: skip
             seen = [row for row in history if "held_out" in row]
             for i in group:
-                curves[i] = [{"step": row["step"], **row["held_out"][f"layer {i}"]} for row in seen]
-        found = {i: curve for of_process in gather(curves) for i, curve in of_process.items()}
+                mine[i] = [{"step": row["step"], **row["held_out"][f"layer {i}"]} for row in seen]
+        found = gather(mine)[:1] if shard else gather(mine)
+        found = {i: curve for of_process in found for i, curve in of_process.items()}
         curves = {i: found[i] for i in layers}
         if early_stop and settled(curves, early_stop, k):
             break
     return curves
 
 def candidates_that_fit(student) -> int:
-    """As many as half of the free memory holds; the other half is for activations."""
+    """As many as half of the GPU's free memory, or of all of a CPU's, holds beside activations."""
     if student.device.type == "cuda":
-        free = torch.cuda.mem_get_info(student.device)[0]
+        memory = torch.cuda.mem_get_info(student.device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size = 18 * student.num_parameters()  # bytes: fp32 weight, gradient, two moments; a bf16 copy
-    return max(1, int(free / 2 / size))
+    return max(1, int(memory / 2 / size))
 
 def best_layers(curves, evaluation=-1, kind="kl") -> list[int]:
     """The layers by held-out KL at an evaluation, lowest first."""
@@ -1287,6 +1300,8 @@ def resolve(s, teacher):
         raise UserError("--chat, --data-config, --text-column and --dtype are for a --teacher")
     if s.data_config and Path(s.data).exists():
         raise UserError(f"--data-config is for a hub dataset, and {s.data} is a local path")
+    if s.device not in ("cpu", "cuda") and rank_and_world()[1] > 1:
+        raise UserError(f"torchrun gives each process its GPU: --device cuda, not {s.device}")
     if s.shard and rank_and_world()[1] == 1:
         raise UserError("--shard cuts a student over processes: start several with torchrun")
     L, large, s.budgets = len(teacher.model.layers), teacher.num_parameters() >= 10**9, {}
@@ -1300,6 +1315,8 @@ def resolve(s, teacher):
     s.checkpointing = large if s.checkpointing is None else s.checkpointing
     names, is_list = (*SELECTORS, *RULES), re.fullmatch(r"\d+(,\d+)*", s.select)
     known = ", ".join(names)
+    if s.mixer not in MIXERS:
+        raise UserError(f"the mixer must be one of {', '.join(MIXERS)}, not {s.mixer!r}")
     if unknown := set(s.baselines) - {"all-linear", *names}:
         raise UserError(f"--baselines knows all-linear, {known}, not {unknown.pop()!r}")
     listed = [int(i) for i in s.select.split(",")] if is_list else None
@@ -1742,11 +1759,11 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     test = corpus.held_out("test", s.held_out, b["distill"].length)
     places = {name: sorted(one["chosen"]) for name, one in found.items()}
 
-    def row_file(layers):
-        after = [b["align"], layers, b["distill"], b["finetune"], s.held_out]
+    def row_file(name, layers):
+        after = [b["align"], layers, b["distill"], b["finetune"], s.held_out, name == "teacher"]
         return out / f"row-{key([base, *after])}.json"
 
-    done = gather([name for name, layers in places.items() if row_file(layers).exists()])[0]
+    done = gather([name for name in places if row_file(name, places[name]).exists()])[0]
     for name, layers in places.items():
         model, after = teacher, [b["align"], layers, b["distill"]]
         saves = checkpoint("distill", *after), checkpoint("finetune", *after, b["finetune"])
@@ -1758,16 +1775,16 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         if first and name == title:
             model.save_pretrained(out / "student")
             tokenizer.save_pretrained(out / "student")
-        if first and not row_file(layers).exists():
+        if first and not row_file(name, layers).exists():
             row = {"softmax_layers": layers, **evaluate(model, teacher, test)}
             row |= {**corpus.recall(model), "cache_bytes": cache_bytes(model, b["finetune"].length)}
-            write(row_file(layers), json.dumps(row))
+            write(row_file(name, layers), json.dumps(row))
     if not first:
         return {}
     rows = []
     for name, layers in places.items():
         cost = {f"selection_{what}": found[name].get(what, 0) for what in ("tokens", "evaluations")}
-        rows.append({"name": name, **json.loads(row_file(layers).read_text()), **cost})
+        rows.append({"name": name, **json.loads(row_file(name, layers).read_text()), **cost})
     report = {"teacher": s.teacher or "embedded", "machine": machine(s.device), "rows": rows}
     report |= {"selection": selection, "selections": found, "stages": stage_rows(stages.values())}
     write(out / "report.json", json.dumps(report, indent=1))

@@ -1476,3 +1476,13 @@ def test_a_student_cut_over_two_processes_is_the_same_and_errors_are_said_once(f
     process = start([*args, "--select", "9"], TORCHRUN)
     error = process.communicate()[1]
     assert process.returncode != 0 and error.count("error: softmax layers must be") == 1, error
+
+def test_early_stopping_reads_what_every_process_trained_last(folder):
+    more = ("--early-stop", 2, "--evaluate-every", 1, "--candidates-at-once", 1)
+    args = [str(x) for x in arguments(folder, *THREE_STEPS, "--baselines", "none", *more)]
+    assert hd.main([*args, "--out", str(folder / "calm")]) == 0
+    finished(start(args, TORCHRUN))
+    calm, run = (json.loads((folder / name / "selection.json").read_text())
+                 for name in ("calm", "run"))
+    steps = [[len(c) for c in found["rounds"][0]["curves"].values()] for found in (calm, run)]
+    assert steps[0] == steps[1] and calm["ranking"] == run["ranking"]
