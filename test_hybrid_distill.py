@@ -468,7 +468,7 @@ def test_keeping_every_layer_keeps_the_teacher(family):
     student = hd.transfer_attention(teacher, range(4))
     assert torch.equal(student(x).logits, teacher(x).logits)
     assert hd.evaluate(student, teacher, {"text": [x]})["kl"] == 0.0
-    student = hd.transfer_attention(teacher, [1])
+    student = hd.transfer_attention(teacher)
     hybrid = hd.restore_attention(student, teacher, [2])
     pointers = [{p.data_ptr() for p in m.parameters()} for m in (teacher, student, hybrid)]
     assert not pointers[0] & pointers[1] | pointers[0] & pointers[2] | pointers[1] & pointers[2]
@@ -886,6 +886,7 @@ def select(*args, kept=()):
     ("within 1..4, not 0", lambda: select(0, 1)),
     ("one of ga-s1, ga-s2", lambda: select(1, 1, "best")),
     ("without softmax layers", lambda: select(1, 1, kept=[1])),
+    ("all-linear", lambda: hd.restore_attention(transfer([1]), make_teacher(), [2])),
     ("give a checkpoint", lambda: measured(hd.score_layers, make_teacher(), ALONE, early_stop=2)),
     ("train part has 8 tokens, too few for a sequence of 16",
      lambda: hd.TokenCorpus(np.arange(200), 96, 0).batches("distill", hd.Budget(64, 16, 2, 1))),
