@@ -16,7 +16,7 @@ Glossary
     H Dh             -           query heads, head size (from the attention: not always D / H)
     L, K             L, K        layers of the teacher, layers that stay softmax
     q k v            q k v       [B, T, H, Dh]
-    g                log alpha   [B, T, H]       log-decay, <= 0
+    g                log alpha   [B, T, H]       log-decay, <= 0; GLA's [B, T, H, Dh]
     beta             beta        [B, T, H]       write strength, in (0, 1)
     S                S           [B, H, Dh, Dh]  the recurrent state, fp32
     softmax_layers   -           0-based indices of the K layers that keep softmax attention
@@ -488,8 +488,7 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
     if type(teacher) not in HYBRIDS:
         known = ", ".join(base.__name__ for base in HYBRIDS)
         raise UserError(f"the teacher must be one of {known}, not {type(teacher).__name__}")
-    if mixer not in MIXERS:
-        raise UserError(f"the mixer must be one of {', '.join(MIXERS)}, not {mixer!r}")
+    check_mixer(mixer)
     student = copy.deepcopy(teacher)
     student.__class__ = HYBRIDS[type(teacher)]  # it differs from the stock class in methods alone
     student.config.__class__ = student.config_class
@@ -507,6 +506,11 @@ def restore_attention(student, teacher, softmax_layers):
     for i in hybrid.config.softmax_layers:
         hybrid.model.layers[i].self_attn = copy.deepcopy(teacher.model.layers[i].self_attn)
     return hybrid
+
+def check_mixer(name: str) -> None:
+    """UserError for a name that is not in MIXERS."""
+    if name not in MIXERS:
+        raise UserError(f"the mixer must be one of {', '.join(MIXERS)}, not {name!r}")
 
 def check_layers(softmax_layers, L: int) -> list[int]:
     """The layers, sorted; UserError if one is outside [0, L) or named twice."""
@@ -1052,8 +1056,8 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
     lr, rest_lr: of attention, of the rest. evaluate_every: steps, default half of all.
     early_stop: end when the k best were the same at that many evaluations in a row; 0: never.
     at_once: candidates in memory at a time, which share each teacher pass; default: an eighth of
-    all, or what fits. The processes of torchrun take such groups in turn, each with models of its
-    own; with `shard` all of them train every group, cut over them.
+    all, or fewer that fit. The processes of torchrun take such groups in turn, each with models of
+    its own; with `shard` all of them train every group, cut over them.
     checkpoint(some of sets): a Checkpoint for this group of candidates, or None; early stopping
     needs them, for the groups then train in turn, one interval each.
     Unlike the official code: held-out KL on fixed batches, not a logged training loss.
@@ -1141,7 +1145,7 @@ def held_out_kl(models: dict, teacher, held_out) -> dict[str, dict]:
 
 # What was published with [1]'s code, 0-based, best first. Of a ga_s2 of nine layers only the first
 # seven and all nine are known, as sets.
-PUBLISHED = """
+PUBLISHED_TEXT = """
 Llama-3.2-3B | ar 0 16 11 14 7 5 9 13 2 12 1 8 27 26 \
 | ar_multihop 0 13 12 16 11 7 23 14 10 5 21 25 9 8 | ga_s2 14 8 5 12 15 13 2 26 24 16 17 18 21 10 \
 | mse 0 1 27 24 25 2 26 4 15 23 19 21 3 18 | ppl 0 1 27 2 24 3 26 25 4 14 15 19 16 5 \
@@ -1159,7 +1163,7 @@ Qwen2.5-7B | ar 0 6 27 15 16 22 1 13 14 | ar_multihop 0 27 10 6 14 16 13 22 5 \
 """
 PUBLISHED = {
     (f"{teacher.strip()}-Instruct", score): [int(i) for i in layers]
-    for teacher, *by in (line.split("|") for line in PUBLISHED.strip().splitlines())
+    for teacher, *by in (line.split("|") for line in PUBLISHED_TEXT.strip().splitlines())
     for score, *layers in map(str.split, by)
 }
 RULES = ("uniform", "centred", "random", "random-1", "random-2", "first", "last", "published")
@@ -1315,8 +1319,7 @@ def resolve(s, teacher):
     s.checkpointing = large if s.checkpointing is None else s.checkpointing
     names, is_list = (*SELECTORS, *RULES), re.fullmatch(r"\d+(,\d+)*", s.select)
     known = ", ".join(names)
-    if s.mixer not in MIXERS:
-        raise UserError(f"the mixer must be one of {', '.join(MIXERS)}, not {s.mixer!r}")
+    check_mixer(s.mixer)
     if unknown := set(s.baselines) - {"all-linear", *names}:
         raise UserError(f"--baselines knows all-linear, {known}, not {unknown.pop()!r}")
     listed = [int(i) for i in s.select.split(",")] if is_list else None
