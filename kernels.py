@@ -35,7 +35,6 @@ One N serves both directions; as V~ is kept, not U~, dbeta is a product, and bet
 """
 import functools
 import importlib.machinery
-import importlib.util
 import inspect
 import itertools
 import os
@@ -583,30 +582,29 @@ def tiles(H, HV, Dk, Dv, dtype, generation):
         by_chunk["maxnreg"] = 168  # three programs share a multiprocessor, not two
     return by_chunk, {**by_sequence, "num_stages": 2}, by_block
 
-def empty_outputs(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep):
-    """Empty tensors for what launch_forward returns (torch.compile puts them in its place)."""
-    (B, T, _, Dk), (HV, Dv), C = q.shape, v.shape[2:], chunk_length(q.shape[3], q.dtype)
-    chunks = B * (-(-T // C)) if chunks is None else len(chunks)
-    o, S = torch.empty_like(v), g.new_empty(B if sequences is None else len(sequences), HV, Dk, Dv)
-    NP, factors = q.new_empty(chunks, HV, 2, C, C), g.new_empty(chunks, HV, 5, C)
-    error = torch.empty_like(v) if keep else v.new_empty(0)
-    return [o, S, NP, factors, error, q.new_empty(chunks if keep else 0, HV, Dk, Dv)]
-
-def launch_forward(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep):
+def launch_forward(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep, launch=True):
     """-> o, final state, N and P, factors; V~ and the states too if a backward is to come (keep).
-    Contiguous inputs; q, k, v of one dtype, the rest fp32. For the tables see packed_tables."""
-    T, H, Dk, HV, Dv = *q.shape[1:], *v.shape[2:]
-    outputs = empty_outputs(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep)
-    o, S, NP, factors, *kept = outputs if keep else [*outputs[:4], None, None]
+    Contiguous inputs; q, k, v of one dtype, the rest fp32. For the tables see packed_tables.
+    launch=False: all of it empty, for torch.compile."""
+    B, T, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
+    C = chunk_length(Dk, q.dtype)
+    count = B * (-(-T // C)) if chunks is None else len(chunks)
+    o, S = torch.empty_like(v), g.new_empty(B if sequences is None else len(sequences), HV, Dk, Dv)
+    NP, factors = q.new_empty(count, HV, 2, C, C), g.new_empty(count, HV, 5, C)
+    kept = [torch.empty_like(v), q.new_empty(count, HV, Dk, Dv)] if keep else []
+    outputs = [o, S, NP, factors, *kept]
+    if not launch:
+        return outputs
     how, walks, _ = tiles(H, HV, Dk, Dv, q.dtype, generation(q.device))
-    grid, last = (-(-Dv // walks["BV"]) * len(S) * HV,), (sequences, T)
+    grid = (-(-Dv // walks["BV"]) * len(S) * HV,)
+    error, states = kept or (None, None)
     with torch.cuda.device_of(q):
-        prepare_kernel[len(NP), HV](q, k, g, beta, NP, factors, chunks, T, scale, NORM=norm, **how)
-        forward_kernel[grid](q, k, v, NP, factors, S0, o, S, *kept, *last, **walks)
+        prepare_kernel[count, HV](q, k, g, beta, NP, factors, chunks, T, scale, NORM=norm, **how)
+        forward_kernel[grid](q, k, v, NP, factors, S0, o, S, error, states, sequences, T, **walks)
     return outputs
 
 def launch_backward(
-    q, k, g, NP, factors, error, states, do, dS, sequences, chunks, scale, norm, count
+    q, k, g, NP, factors, error, states, do, dS, sequences, chunks, scale, norm, count, launch=True
 ):
     """-> gradients of q, k, v, g, beta and of `count` initial states (0: there were none)."""
     B, T, H, Dk, HV, Dv = *q.shape, *error.shape[2:]
@@ -614,13 +612,14 @@ def launch_backward(
     X, dv, dg, dbeta = (torch.empty_like(x) for x in (error, error, g, g))
     dstates, dS0 = torch.empty_like(states), g.new_empty(count, HV, Dk, Dv)
     dq, dk = outputs = [q.new_empty(B, T, HV, Dk, dtype=dtype) for _ in range(2)]
-    _, walks, how = tiles(H, HV, Dk, Dv, q.dtype, generation(q.device))
-    grid = (-(-Dv // walks["BV"]) * (B if sequences is None else len(sequences)) * HV,)
-    first, last = (q, k, NP, factors, do, dS, X, dstates), (dS0 if count else None, sequences, T)
-    with torch.cuda.device_of(q):
-        backward_state_kernel[grid](*first, *last, **walks)
-        first = q, k, g, factors, do, error, X, states, dstates, dq, dk, dv, dg, dbeta
-        backward_chunk_kernel[len(NP), HV](*first, chunks, T, scale, NORM=norm, **how)
+    if launch:
+        _, walks, how = tiles(H, HV, Dk, Dv, q.dtype, generation(q.device))
+        grid = (-(-Dv // walks["BV"]) * (B if sequences is None else len(sequences)) * HV,)
+        last = dS0 if count else None, sequences, T
+        reads, writes = (q, k, g, factors, do, error, X, states, dstates), (dq, dk, dv, dg, dbeta)
+        with torch.cuda.device_of(q):
+            backward_state_kernel[grid](q, k, NP, factors, do, dS, X, dstates, *last, **walks)
+            backward_chunk_kernel[len(NP), HV](*reads, *writes, chunks, T, scale, NORM=norm, **how)
     if H != HV:  # value heads that share a key head
         outputs = [x.unflatten(2, (H, HV // H)).sum(3).to(q.dtype) for x in outputs]
     return [*outputs, dv, dg, dbeta, dS0]
@@ -645,11 +644,8 @@ FORWARD, BACKWARD = f"{FORWARD}, {END}, bool keep", f"{BACKWARD}, Tensor? dS, {E
 op = functools.partial(torch.library.custom_op, mutates_args=())
 forward_op = op(OPS + "::forward", launch_forward, schema=f"({FORWARD}) -> Tensor[]")
 backward_op = op(OPS + "::backward", launch_backward, schema=f"({BACKWARD}) -> Tensor[]")
-forward_op.register_fake(empty_outputs)
-
-@backward_op.register_fake
-def _(q, k, g, NP, factors, error, states, *others):
-    return [*map(torch.empty_like, (q, k, error, g, g)), g.new_empty(others[-1], *states.shape[1:])]
+forward_op.register_fake(functools.partial(launch_forward, launch=False))
+backward_op.register_fake(functools.partial(launch_backward, launch=False))
 
 class ChunkedTriton(torch.autograd.Function):
     """The Triton kernels behind autograd: arguments of launch_forward -> o, final state."""
@@ -790,28 +786,28 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
     if backend == "torch" or backend == "auto" and not device.startswith("cuda"):
         return "torch"
     reason = why_not_triton(device, dtype, H, HV, Dk, Dv)
-    if reason and backend == "triton":
+    if reason is None:
+        return "triton"
+    if backend == "triton":
         raise RuntimeError(f"backend='triton' is not possible: {reason}")
-    if reason:  # said once a process
-        warnings.warn(f"kernels.py: the slower PyTorch backend runs on {device}: {reason}")
-    return "torch" if reason else "triton"
+    warnings.warn(f"kernels.py: the slower PyTorch backend runs on {device}: {reason}")  # once
+    return "torch"
 
 def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
     """Raise one sentence where shapes do not fit: many would broadcast to a wrong answer."""
-    if len(q) != 4 or len(v) != 4 or 0 in (*q, *v):
-        raise ValueError(f"q and v must be [B, T, H, D], not empty, not {list(q)} and {list(v)}")
-    (B, T, H, Dk), (HV, Dv) = q, v[2:]
+    if q.ndim != 4 or v.ndim != 4 or 0 in (*q.shape, *v.shape):
+        shapes = f"{list(q.shape)} and {list(v.shape)}"
+        raise ValueError(f"q and v must be [B, T, H, D], not empty, not {shapes}")
+    (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
     if HV % H:
         raise ValueError(f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
-    if cu_seqlens is not None and (B != 1 or len(cu_seqlens) != 1):
+    if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1):
         raise ValueError("cu_seqlens must be [N + 1]: N sequences packed in one row, B = 1")
-    state = B if cu_seqlens is None else cu_seqlens[0] - 1, HV, Dk, Dv
-    wanted = dict(k=(k, q), v=(v, (B, T, HV, Dv)), g=(g, (B, T, HV)), beta=(beta, (B, T, HV)))
-    for name, (x, right) in {**wanted, "initial_state": (initial_state, state)}.items():
-        if x is not None and tuple(x) != tuple(right):
-            raise ValueError(f"{name} must be {list(right)}, not {list(x)}")
-
-check_shapes_once = functools.lru_cache(maxsize=1024)(check_shapes)  # once for every set of shapes
+    state = B if cu_seqlens is None else len(cu_seqlens) - 1, HV, Dk, Dv
+    wanted = dict(k=(k, q.shape), v=(v, (B, T, HV, Dv)), g=(g, (B, T, HV)), beta=(beta, (B, T, HV)))
+    for name, (x, shape) in dict(**wanted, initial_state=(initial_state, state)).items():
+        if x is not None and tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{name} must be {list(shape)}, not {list(x.shape)}")
 
 def check_boundaries(cu_seqlens, T):
     """cu_seqlens rises from 0 to T. The CPU waits for its values once a tensor, not once a call."""
@@ -824,13 +820,10 @@ def check_boundaries(cu_seqlens, T):
 
 def checked(backend, q, k, v, *others):
     """Check the inputs -> q, k, v in one dtype (autocast's, or the widest), the backend."""
-    shapes, cu_seqlens = [x if x is None else x.shape for x in (q, k, v, *others)], others[-1]
-    if torch.compiler.is_compiling():  # which can neither read values nor look shapes up
-        check_shapes(*shapes)
-    else:
-        check_shapes_once(*shapes)
-        if cu_seqlens is not None:
-            check_boundaries(cu_seqlens, q.shape[1])
+    check_shapes(q, k, v, *others)
+    cu_seqlens = others[-1]
+    if cu_seqlens is not None and not torch.compiler.is_compiling():  # which reads no values
+        check_boundaries(cu_seqlens, q.shape[1])
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -983,51 +976,50 @@ def check(device):
     cases, good = [("torch", torch.float32)], True
     if why_not_triton(device, torch.float32, 2, 4, 64, 64) is None:  # the interpreter lacks bf16
         cases += [("triton", x) for x in LIMITS if device == "cuda" or x == torch.float32]
-    kinds = "random", "identical", "underflow"
     sizes = (1, 64, 64), (75, 60, 100), (200, 64, 64), (200, 128, 128)
+    kinds = "random", "identical", "underflow"
     for (backend, dtype), (T, Dk, Dv), kind in itertools.product(cases, sizes, kinds):
         inputs = example(2, T, 2, 4, Dk, Dv, kind, dtype, device)
-        found = errors(chunk_gated_delta_rule, inputs, backend=backend)
-        bad = [e for e in found if not e < LIMITS[dtype]]  # NaN too
-        case, wrong = f"{backend:6} {str(dtype)[6:]:8} T={T:<3} d={Dk},{Dv:<3} {kind:9}", bool(bad)
-        print(f"  {case} {max(bad or found):.0e}{' PASSES ITS LIMIT' * wrong}", flush=True)
-        good &= not bad
+        found = torch.tensor(errors(chunk_gated_delta_rule, inputs, backend=backend))
+        verdict = "" if (found < LIMITS[dtype]).all() else "PASSES ITS LIMIT"  # NaN too
+        case = f"{backend:6} {str(dtype)[6:]:8} T={T:<3} d={Dk},{Dv:<3} {kind:9}"
+        print(f"  {case} {found.max():.0e} {verdict}", flush=True)
+        good = good and not verdict
     return good
 
 def milliseconds(function, device):
     """-> median time of a call behind the first one (which compiles), what its host part takes."""
     function()
     if device != "cuda":
-        times = sorted(timeit.repeat(function, number=1, repeat=7))
-        return 1e3 * times[3], 1e3 * times[3]
+        median = 1e3 * sorted(timeit.repeat(function, number=1, repeat=7))[3]
+        return median, median
     torch.cuda.synchronize()
     host = 1e3 * min(timeit.repeat(function, number=1, repeat=7))  # a launch waits for nothing
     return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median"), host
 
 def benchmark(device):
     """Print milliseconds of ours and of what else can be imported, forward and with backward."""
-    cuda, rules = device == "cuda", {"ours": chunk_gated_delta_rule}
+    rules, dtype = {"ours": chunk_gated_delta_rule}, torch.float32
+    cases = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
     try:
-        if cuda:
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as other
-        else:
+        if device != "cuda":
             from transformers.models.qwen3_next import modeling_qwen3_next as qwen
-            other = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
-        rules["FLA" if cuda else "transformers"] = other
+            rules["transformers"] = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
+        else:
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla
+            rules["FLA"] = fla
     except ImportError as missing:
         print(f"no peer to time beside: {missing}")
-    cases = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
-    if cuda:
+    if device == "cuda":
         cases = [(6, T, 16, d) for d in (64, 128) for T in (4096, 16384, 32768)]
         cases += [(8, 512, 9, 64), (32, 1024, 9, 64), (1, 32768, 16, 64)]
+        dtype = torch.bfloat16
         sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
         rules["SDPA"] = lambda *x, **_: sdpa(*(y.transpose(1, 2) for y in x[:3]))[None]
-    dtype = torch.bfloat16 if cuda else torch.float32
-    head = f"{'forward':>9} {'+ backward':>10} {'its host':>9} {'/ ours':>7}"
-    print(f"\n{'milliseconds':26} {'rule':12} {head}")
+    print("\nmilliseconds               rule           forward + backward  its host  / ours")
     for B, T, H, d in cases:
         x = [y.requires_grad_() for y in example(B, T, H, H, d, d, "random", dtype, device)[:5]]
-        ours = None
+        case, ours = f"B={B} T={T} H={H} d={d}", None
         for name, rule in rules.items():
             rule = functools.partial(rule, *x, use_qk_l2norm_in_kernel=True)
             def both():
@@ -1035,9 +1027,9 @@ def benchmark(device):
                 torch.autograd.grad(o, x, o.detach(), allow_unused=True)
             forward, _ = milliseconds(torch.no_grad()(rule), device)
             total, host = milliseconds(both, device)
-            ours, case = ours or total, f"B={B} T={T} H={H} d={d}"
-            numbers = f"{forward:9.3f} {total:10.3f} {host:9.3f} {total / ours:7.2f}"
-            print(f"{case:26} {name:12} {numbers}", flush=True)
+            ours = ours or total
+            times = f"{forward:9.3f} {total:10.3f} {host:9.3f} {total / ours:7.2f}"
+            print(f"{case:26} {name:12} {times}", flush=True)
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1058,11 +1050,7 @@ def __getattr__(name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "__path__":
         return spec.submodule_search_locations
-    if "_pypi_kernels" not in sys.modules:
-        spec.name = spec.loader.name = "_pypi_kernels"
-        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[spec.name])
-    return getattr(sys.modules["_pypi_kernels"], name)
+    return getattr(importlib.import_module("kernels.__init__"), name)  # its __init__.py
 
 if __name__ == "__main__":
     main()
