@@ -233,12 +233,6 @@ def store_tile(x, tile, left, v0, STRIDE: constexpr, WIDTH: constexpr):
     tl.store(x + r * STRIDE + d, tile.to(x.dtype.element_ty), mask=(r < left) & (d < WIDTH))
 
 @jit
-def load_gate(x, left, HV: constexpr, C: constexpr):
-    """Rows [C] of g or beta [tokens, HV] from x on, zero behind the end."""
-    r = tl.arange(0, C)
-    return tl.load(x + r * HV, mask=r < left, other=0.0)
-
-@jit
 def factor(factors, chunk, i: constexpr, C: constexpr):
     """Factor i of the rows of a chunk [C]: 0 fq, 1 fk, 2 fr, 3 beta (see prepare_kernel)."""
     return tl.load(factors + (chunk * 5 + i) * C + tl.arange(0, C))
@@ -322,9 +316,9 @@ def prepare_kernel(
     # 1. the decay and the lengths, as factors of rows
     bq = load_tile(q + at_k, left, 0, H * DK, DK, C, BK)
     bk = load_tile(k + at_k, left, 0, H * DK, DK, C, BK)
-    b = load_gate(beta + at, left, HV, C)
+    b = tl.load(beta + at + r * HV, mask=r < left, other=0.0)
     rq, rk = inverse_length(bq, NORM) * scale, inverse_length(bk, NORM)
-    D, gamma, rest, gamma_C = decay(load_gate(g + at, left, HV, C), C)
+    D, gamma, rest, gamma_C = decay(tl.load(g + at + r * HV, mask=r < left, other=0.0), C)
     x = factors + chunk * 5 * C + r
     tl.store(x, gamma * rq)
     tl.store(x + C, gamma * rk)
@@ -360,9 +354,8 @@ def prepare_kernel(
 
 @jit
 def forward_kernel(
-    q, k, v, NP, factors, S0, o, S_out, error, states, table, tokens,
-    H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr,
-    BV: constexpr,
+    q, k, v, NP, factors, S0, o, S_out, error, states, table, tokens, H: constexpr, HV: constexpr,
+    DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr, BV: constexpr,
 ):  # fmt: skip
     """The walk over the chunks of one sequence; nothing but the state is carried.
 
@@ -403,9 +396,8 @@ def forward_kernel(
 
 @jit
 def backward_state_kernel(
-    q, k, NP, factors, do, dS_out, X, dstates, dS0, table, tokens,
-    H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr,
-    BV: constexpr,
+    q, k, NP, factors, do, dS_out, X, dstates, dS0, table, tokens, H: constexpr, HV: constexpr,
+    DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr, BV: constexpr,
 ):  # fmt: skip
     """The walk back over the chunks.
 
@@ -489,7 +481,7 @@ def backward_chunk_kernel(
     tl.store(dbeta + at + r * HV, xv, mask=r < left)
     # 2. dP D, dM D (times scale / |q| / |k| and 1 / |k|^2: they meet q and k as in memory), E, F
     rq, rk = inverse_length(bq, NORM), inverse_length(bk, NORM)
-    D, _, _, gamma_C = decay(load_gate(g + at, left, HV, C), C)
+    D, _, _, gamma_C = decay(tl.load(g + at + r * HV, mask=r < left, other=0.0), C)
     D *= (b * rk)[None, :]
     bdP *= D * (scale * rq)[:, None]
     bdM = tl.where(r[:, None] > r[None, :], -bdM * D * (b * rk)[:, None], 0.0)
@@ -532,9 +524,8 @@ def backward_chunk_kernel(
 
 @jit
 def decode_kernel(
-    q, k, v, g, beta, S0, o, S_out, tokens, scale,
-    H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr, BK: constexpr, BV: constexpr,
-    NORM: constexpr,
+    q, k, v, g, beta, S0, o, S_out, tokens, scale, H: constexpr, HV: constexpr,
+    DK: constexpr, DV: constexpr, BK: constexpr, BV: constexpr, NORM: constexpr,
 ):  # fmt: skip
     """recurrent_gated_delta_rule, the state read once and written once. Grid (Dv / BV * B * HV)."""
     v0, state, h, start, _, _ = walk(None, tokens, HV, DV, BV, 1)
