@@ -68,8 +68,7 @@ def recurrent_gated_delta_rule(
     q, k [B, T, H, Dk]; v [B, T, HV, Dv]; g (log-decay <= 0), beta [B, T, HV]; initial_state
     [B, HV, Dk, Dv] or None (zero); use_qk_l2norm_in_kernel divides q and k by their length first.
     It works in fp32, or in fp64 if q is, also under autocast. Source: [1].
-    Returns o [B, T, HV, Dv] in the dtype of v, and the final state (fp32 or fp64) or None.
-    """
+    Returns o [B, T, HV, Dv] in the dtype of v, and the final state (fp32 or fp64) or None."""
     (_, T, H, Dk), (B, _, HV, Dv) = q.shape, v.shape
     dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
     scale = Dk**-0.5 if scale is None else scale
@@ -97,8 +96,7 @@ class ChunkedTorch(torch.autograd.Function):
     """The chunkwise form, its backward written out: q (with the scale), k, v, g, beta
     [chunks, B HV, C, ...] -> o [chunks, B HV, C, Dv], final state [B HV, Dk, Dv].
 
-    It walks chunk by chunk, so that what a chunk needs stays in the cache of a CPU.
-    """
+    It walks chunk by chunk, so that what a chunk needs stays in the cache of a CPU."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, S0):
@@ -305,8 +303,7 @@ def prepare_kernel(
         fq = scale gamma / |q|      fk = gamma / |k|          fr = gamma_C / gamma / |k|
 
     so that gamma Q = fq q, gamma K = fk k, gamma_C / gamma K = fr k. Grid (chunks, HV). Writes
-    NP [chunks, HV, 2, C, C] (N, P) and factors [chunks, HV, 5, C] (fq, fk, fr, beta, gamma_C).
-    """
+    NP [chunks, HV, 2, C, C] (N, P) and factors [chunks, HV, 5, C] (fq, fk, fr, beta, gamma_C)."""
     c, h, r = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
     token, left = chunk_rows(table, c, tokens, C)
     if left <= 0:
@@ -364,8 +361,7 @@ def forward_kernel(
         S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
 
     Grid (Dv / BV * sequences * HV): columns of S never meet. Writes o and the final state; for a
-    backward pass also the error V~ and states [chunks, HV, Dk, Dv], S_0 of each chunk.
-    """
+    backward pass also the error V~ and states [chunks, HV, Dk, Dv], S_0 of each chunk."""
     v0, state, h, start, length, first = walk(table, tokens, HV, DV, BV, C)
     dt = k.dtype.element_ty
     S = tl.zeros([BK, BV], tl.float32)
@@ -406,8 +402,7 @@ def backward_state_kernel(
         dS_0 = gamma_C dS_C + (gamma Q)^T dO - (gamma K)^T beta X
 
     Grid (Dv / BV * sequences * HV). Writes X, the gradient dstates of the state at the end of each
-    chunk, and that of the initial state if there is one.
-    """
+    chunk, and that of the initial state if there is one."""
     v0, state, h, start, length, first = walk(table, tokens, HV, DV, BV, C)
     dt = k.dtype.element_ty
     dS = tl.zeros([BK, BV], tl.float32)
@@ -457,8 +452,7 @@ def backward_chunk_kernel(
     With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, where Q.dQ = rows(E) + Q.Y and
     K.dK = cols(E) + rows(F) + cols(F) + K.R - K.Z. Grid (chunks, HV).
     Y, Z, R are held as [Dk, C]: so the left factor of every product is a tile that was loaded; one
-    computed in registers is what Triton 3.4 - 3.7.0 gets wrong on Hopper.
-    """
+    computed in registers is what Triton 3.4 - 3.7.0 gets wrong on Hopper."""
     c, h, r = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
     token, left = chunk_rows(table, c, tokens, C)
     if left <= 0:
@@ -643,11 +637,11 @@ class ChunkedTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        q, k, v, g, beta, S0, sequences, chunks, *options = inputs
+        q, k, _, g, _, S0, sequences, chunks, scale, norm, _ = inputs
         op = forward_op if torch.compiler.is_compiling() else launch_forward
-        o, S, *kept = op(*inputs, True)
+        o, S, *kept = op(*inputs)
         ctx.save_for_backward(q, k, g, *kept, sequences, chunks)
-        ctx.options = *options, 0 if S0 is None else len(S0)
+        ctx.options = scale, norm, 0 if S0 is None else len(S0)
         ctx.set_materialize_grads(False)
         return o, S
 
@@ -660,7 +654,7 @@ class ChunkedTriton(torch.autograd.Function):
         do = torch.zeros_like(error) if do is None else do.contiguous()
         inputs = error, states, do, None if dS is None else dS.contiguous(), sequences, chunks
         *grads, dS0 = (backward_op if compiling else launch_backward)(*kept, *inputs, *ctx.options)
-        return *grads, dS0 if ctx.options[-1] else None, None, None, None, None
+        return *grads, dS0 if ctx.options[-1] else None, None, None, None, None, None
 
 def packed_tables(cu_seqlens, T, C):
     """-> sequences [N, 3]: first token, length, first chunk; chunks [.., 2]: first token, rows
@@ -680,11 +674,7 @@ def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm,
     tables = None, None
     if cu_seqlens is not None:
         tables = packed_tables(cu_seqlens, q.shape[1], chunk_length(q.shape[3], q.dtype))
-    if wants_grad(*inputs):
-        o, S = ChunkedTriton.apply(*inputs, *tables, scale, norm)
-    else:
-        op = forward_op if torch.compiler.is_compiling() else launch_forward
-        o, S, *_ = op(*inputs, *tables, scale, norm, False)
+    o, S = ChunkedTriton.apply(*inputs, *tables, scale, norm, wants_grad(*inputs))
     return o, S if keep_state else None
 
 def for_triton(q, k, v, g, beta, S0, scale):
@@ -736,8 +726,7 @@ def why_not_triton(device, dtype, H, HV, Dk, Dv):
     """None if the Triton kernels give what the recurrence gives on this device, else the reason.
 
     An import that succeeds proves nothing, and a compiler can be wrong at one head size only: so
-    the kernels are launched, once a process, device and kind of head, and compared.
-    """
+    the kernels are launched, once a process, device and kind of head, and compared."""
     if triton is None:
         return "the package triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or max(Dk, Dv) > 256:
@@ -787,18 +776,18 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
 def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
     """Raise one sentence where shapes do not fit: many would broadcast to a wrong answer."""
     if q.ndim != 4 or v.ndim != 4 or 0 in (*q.shape, *v.shape):
-        shapes = f"{list(q.shape)} and {list(v.shape)}"
-        raise ValueError(f"q and v must be [B, T, H, D], not empty, not {shapes}")
+        raise ValueError(f"q and v must be [B, T, H, D], not {list(q.shape)} and {list(v.shape)}")
     (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
     if HV % H:
         raise ValueError(f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
     if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1):
         raise ValueError("cu_seqlens must be [N + 1]: N sequences packed in one row, B = 1")
-    state = B if cu_seqlens is None else len(cu_seqlens) - 1, HV, Dk, Dv
-    wanted = dict(k=(k, q.shape), v=(v, (B, T, HV, Dv)), g=(g, (B, T, HV)), beta=(beta, (B, T, HV)))
-    for name, (x, shape) in dict(**wanted, initial_state=(initial_state, state)).items():
-        if x is not None and tuple(x.shape) != tuple(shape):
-            raise ValueError(f"{name} must be {list(shape)}, not {list(x.shape)}")
+    states = B if cu_seqlens is None else len(cu_seqlens) - 1
+    wanted = dict(k=[B, T, H, Dk], v=[B, T, HV, Dv], g=[B, T, HV], beta=[B, T, HV])
+    wanted["initial_state"] = [states, HV, Dk, Dv]
+    for (name, shape), x in zip(wanted.items(), (k, v, g, beta, initial_state)):
+        if x is not None and list(x.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, not {list(x.shape)}")
 
 def check_boundaries(cu_seqlens, T):
     """cu_seqlens rises from 0 to T. The CPU waits for its values once a tensor, not once a call."""
@@ -828,18 +817,16 @@ def chunk_gated_delta_rule(
     use_qk_l2norm_in_kernel=False, cu_seqlens=None, backend="auto", use_cache=None,
     output_router_logits=None,
 ):  # fmt: skip
-    """recurrent_gated_delta_rule in chunks: all but the walk of the state is matrix products.
+    """recurrent_gated_delta_rule in chunks, with its arguments and returns.
 
-    Arguments and returns are those of the recurrence. q, k and v are brought to one dtype, gates
-    and state to fp32 (fp64 stays fp64 in PyTorch). cu_seqlens [N + 1]: N sequences packed in one
-    row (B = 1), sequence n from cu_seqlens[n] to cu_seqlens[n + 1]; then the states are
-    [N, HV, Dk, Dv]. backend: "auto", "torch", "triton". use_cache and output_router_logits, which
-    Qwen3-Next of transformers passes down, change nothing.
+    q, k and v are brought to one dtype, gates and state to fp32 (fp64 stays fp64 in PyTorch).
+    cu_seqlens [N + 1]: N sequences packed in one row (B = 1), sequence n from cu_seqlens[n] to
+    cu_seqlens[n + 1]; then the states are [N, HV, Dk, Dv]. backend: "auto", "torch", "triton".
+    use_cache and output_router_logits, which transformers' Qwen3-Next passes down, change nothing.
     For a backward Triton keeps N, P, V~ and each chunk's state: 2 C + Dv + Dk Dv / C numbers a
     token and head. In fp16, with the norm, very short q or k (1e-4) overflow: prefer bf16.
     Raises ValueError for shapes that do not fit, RuntimeError where Triton is not possible.
-    Source: [1], [2]; names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3].
-    """
+    Source: [1], [2]; names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3]."""
     q, k, v, backend = checked(backend, q, k, v, g, beta, initial_state, cu_seqlens)
     options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel
     if backend == "triton":
@@ -861,8 +848,7 @@ def decode_gated_delta_rule(
     """One token (or a few) from the cached state: the recurrence, on a GPU fused into one kernel.
 
     Arguments, returns and errors of chunk_gated_delta_rule; cu_seqlens must be None. Where
-    gradients are wanted, in torch.compile and off the GPU it is the recurrence itself.
-    """
+    gradients are wanted, in torch.compile and off the GPU it is the recurrence itself."""
     if cu_seqlens is not None:
         raise ValueError("decoding takes no packed sequences: leave cu_seqlens out")
     q, k, v, backend = checked("auto", q, k, v, g, beta, initial_state, None)
@@ -883,8 +869,7 @@ def recurrent_gla(q, k, v, g, scale=None, initial_state=None, output_final_state
 
     q, k, g (log-decay <= 0) [B, T, H, Dk]; v [B, T, H, Dv]; state [B, H, Dk, Dv]. It works in fp32,
     or in fp64 if q is. Returns o in the dtype of v, and the final state or None.
-    Source: arXiv 2312.06635.
-    """
+    Source: arXiv 2312.06635."""
     (B, T, H, Dk), Dv, dtype = q.shape, v.shape[-1], v.dtype
     work = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
@@ -907,8 +892,7 @@ def chunk_gla(
     between, it is exp(sum over m < t <= i) exp(sum over j < t <= m), a factor <= 1 for each side.
     So blocks of 1, 2, 4, ... C/2 tokens are read by the block behind them, m the end of the first.
     Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as in
-    chunk_gated_delta_rule.
-    """
+    chunk_gated_delta_rule."""
     if not q.shape == k.shape == g.shape or q.shape[:3] != v.shape[:3]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, g, v))
         raise ValueError(f"q, k and g must be [B, T, H, Dk] and v [B, T, H, Dv], not {shapes}")
