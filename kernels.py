@@ -297,20 +297,16 @@ def prepare_kernel(
     q, k, g, beta, NP, factors, table, tokens, scale,
     H: constexpr, HV: constexpr, DK: constexpr, C: constexpr, BK: constexpr, NORM: constexpr,
 ):  # fmt: skip
-    """What a chunk knows without the state.
-
-        M = strictLower(D K K^T)    N = -(I + M beta)^-1 M    P = tril(D Q K^T)
-        fq = scale gamma / |q|      fk = gamma / |k|          fr = gamma_C / gamma / |k|
-
-    so that gamma Q = fq q, gamma K = fk k, gamma_C / gamma K = fr k. Grid (chunks, HV). Writes
-    NP [chunks, HV, 2, C, C] (N, P) and factors [chunks, HV, 5, C] (fq, fk, fr, beta, gamma_C)."""
+    """What a chunk knows without the state. Grid (chunks, HV). Writes NP [chunks, HV, 2, C, C]
+    (N, P) and factors [chunks, HV, 5, C] (fq, fk, fr, beta, gamma_C)."""
     c, h, r = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
     token, left = chunk_rows(table, c, tokens, C)
     if left <= 0:
         return
     chunk, at, at_k = c.to(tl.int64) * HV + h, token * HV + h, (token * H + h // (HV // H)) * DK
     dt = k.dtype.element_ty
-    # 1. the decay and the lengths, as factors of rows
+    # 1. factors of rows: fq = scale gamma / |q|, fk = gamma / |k|, fr = gamma_C / gamma / |k|,
+    #    so that gamma Q = fq q, gamma K = fk k, gamma_C / gamma K = fr k
     bq = load_tile(q + at_k, left, 0, H * DK, DK, C, BK)
     bk = load_tile(k + at_k, left, 0, H * DK, DK, C, BK)
     b = tl.load(beta + at + r * HV, mask=r < left, other=0.0)
@@ -322,13 +318,14 @@ def prepare_kernel(
     tl.store(x + 2 * C, rest * rk)
     tl.store(x + 3 * C, b)
     tl.store(x + 4 * C, tl.zeros([C], tl.float32) + gamma_C)
-    # 2. P and M
+    # 2. P = tril(D Q K^T),  M = strictLower(D K K^T)
     D *= rk[None, :]
     bP = dot(bq, tl.trans(bk)) * D * rq[:, None]
     store_tile(NP + (2 * chunk + 1) * C * C, bP, C, 0, C, C)
     row, col = r[:, None], r[None, :]
     M = tl.where(row > col, dot(bk, tl.trans(bk)) * D * rk[:, None], 0.0)
-    # 3. N in its diagonal 8 x 8 blocks, all at once, by substitution: N_i = -M_i - (M beta)_i N
+    # 3. N = -(I + M beta)^-1 M: its diagonal 8 x 8 blocks, all at once, by substitution,
+    #    N_i = -M_i - (M beta)_i N
     blocks: tl.constexpr = C // 8
     n, i8 = tl.arange(0, blocks), tl.arange(0, 8)[None, :, None]
     diagonal = (n[:, None] == n[None, :])[:, None, :, None]
@@ -355,11 +352,6 @@ def forward_kernel(
     DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr, BV: constexpr,
 ):  # fmt: skip
     """The walk over the chunks of one sequence; nothing but the state is carried.
-
-        V~  = (I + N beta)(V - gamma K S_0),  U~ = beta V~
-        O   = gamma Q S_0 + P U~
-        S_C = gamma_C S_0 + (gamma_C / gamma K)^T U~
-
     Grid (Dv / BV * sequences * HV): columns of S never meet. Writes o and the final state; for a
     backward pass also the error V~ and states [chunks, HV, Dk, Dv], S_0 of each chunk."""
     v0, state, h, start, length, first = walk(table, tokens, HV, DV, BV, C)
@@ -395,14 +387,8 @@ def backward_state_kernel(
     q, k, NP, factors, do, dS_out, X, dstates, dS0, table, tokens, H: constexpr, HV: constexpr,
     DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr, BV: constexpr,
 ):  # fmt: skip
-    """The walk back over the chunks.
-
-        dU~  = P^T dO + gamma_C / gamma K dS_C
-        X    = dU~ + N^T beta dU~                                   (so dV = beta X)
-        dS_0 = gamma_C dS_C + (gamma Q)^T dO - (gamma K)^T beta X
-
-    Grid (Dv / BV * sequences * HV). Writes X, the gradient dstates of the state at the end of each
-    chunk, and that of the initial state if there is one."""
+    """The walk back over the chunks. Grid (Dv / BV * sequences * HV). Writes X, the gradient
+    dstates of the state at the end of each chunk, and that of the initial state if there is one."""
     v0, state, h, start, length, first = walk(table, tokens, HV, DV, BV, C)
     dt = k.dtype.element_ty
     dS = tl.zeros([BK, BV], tl.float32)
@@ -420,7 +406,8 @@ def backward_state_kernel(
         dSd = dS.to(dt)
         store_tile(dstates + chunk * DK * DV, dSd, DK, v0, DV, DV)
         dU = dot(tl.trans(bP), bdo, fr[:, None] * dot(bk, dSd))
-        # 2. X = dU~ + N^T beta dU~; for like keys the two nearly cancel, so beta dU~ has two halves
+        # 2. X = dU~ + N^T beta dU~ (dV = beta X); where keys are alike the two nearly cancel, so
+        #    beta dU~ has two halves
         if dt == tl.float32:
             bX = dot(tl.trans(bN), b[:, None] * dU, dU)
         else:
@@ -442,13 +429,6 @@ def backward_chunk_kernel(
 ):  # fmt: skip
     """The gradients of one chunk, given its state, the gradient of its last state, V~ and X.
 
-        dP = dO U~^T             dM = -beta X U~^T, i > j    E = dP P     F = dM M
-        Y  = gamma dO S_0^T      Z = gamma beta X S_0^T      R = gamma_C / gamma U~ dS_C^T
-        dQ = Y + (dP D) K        dK = R - Z + (dP D)^T Q + (dM D) K + (dM D)^T K
-        dV = beta X              dbeta = X.V~
-        dlog gamma = rows(E + F) - cols(E + F) + Q.Y - K.Z - K.R
-        dg_t = sum over i >= t of dlog gamma_i, + sum(K.R) + gamma_C S_0.dS_C
-
     With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, where Q.dQ = rows(E) + Q.Y and
     K.dK = cols(E) + rows(F) + cols(F) + K.R - K.Z. Grid (chunks, HV).
     Y, Z, R are held as [Dk, C]: so the left factor of every product is a tile that was loaded; one
@@ -462,7 +442,7 @@ def backward_chunk_kernel(
     bq = load_tile(q + at_k, left, 0, H * DK, DK, C, BK)
     bk = load_tile(k + at_k, left, 0, H * DK, DK, C, BK)
     b = factor(factors, chunk, 3, C)
-    # 1. dO V~^T, X V~^T, dV, dbeta
+    # 1. dO V~^T, X V~^T,  dV = beta X,  dbeta = X.V~
     bdP, bdM = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     xv = tl.zeros([C], tl.float32)
     for v0 in range(0, DV, BV):
@@ -473,7 +453,8 @@ def backward_chunk_kernel(
         xv += tl.sum(bX.to(tl.float32) * bV.to(tl.float32), 1)
         store_tile(dv + at * DV, b[:, None] * bX, left, v0, HV * DV, DV)
     tl.store(dbeta + at + r * HV, xv, mask=r < left)
-    # 2. dP D, dM D (times scale / |q| / |k| and 1 / |k|^2: they meet q and k as in memory), E, F
+    # 2. dP = dO U~^T,  dM = -beta X U~^T for i > j,  E = dP P,  F = dM M; dP D and dM D also times
+    #    scale / |q| / |k| and 1 / |k|^2: they meet q and k as in memory
     rq, rk = inverse_length(bq, NORM), inverse_length(bk, NORM)
     D, _, _, gamma_C = decay(tl.load(g + at + r * HV, mask=r < left, other=0.0), C)
     D *= (b * rk)[None, :]
@@ -482,7 +463,7 @@ def backward_chunk_kernel(
     E, F = bdP * dot(bq, tl.trans(bk)), bdM * dot(bk, tl.trans(bk))
     E_row, E_col, F_row, F_col = tl.sum(E, 1), tl.sum(E, 0), tl.sum(F, 1), tl.sum(F, 0)
     dPd, dMd = bdP.to(dt), bdM.to(dt)
-    # 3. dQ
+    # 3. dQ = Y + (dP D) K,  Y = gamma dO S_0^T
     Y = tl.zeros([BK, C], tl.float32)
     for v0 in range(0, DV, BV):
         bdo = load_tile(do + at * DV, left, v0, HV * DV, DV, C, BV)
@@ -495,7 +476,8 @@ def backward_chunk_kernel(
     if NORM:
         Y -= (rq * rq * (E_row + qy))[None, :] * q_t.to(tl.float32)
     store_tile(dq + at * DK, tl.trans(Y), left, 0, HV * DK, DK)
-    # 4. dK
+    # 4. dK = R - Z + (dP D)^T Q + (dM D) K + (dM D)^T K,
+    #    Z = gamma beta X S_0^T,  R = gamma_C / gamma U~ dS_C^T
     Z, R, sds = tl.zeros([BK, C], tl.float32), tl.zeros([BK, C], tl.float32), 0.0
     for v0 in range(0, DV, BV):
         bX = load_tile(X + at * DV, left, v0, HV * DV, DV, C, BV)
@@ -511,7 +493,8 @@ def backward_chunk_kernel(
     if NORM:
         R -= (rk * rk * (E_col + F_row + F_col + kr - kz))[None, :] * k_t.to(tl.float32)
     store_tile(dk + at * DK, tl.trans(R), left, 0, HV * DK, DK)
-    # 5. dg
+    # 5. dlog gamma = rows(E + F) - cols(E + F) + Q.Y - K.Z - K.R,
+    #    dg_t = sum over i >= t of dlog gamma_i, + sum(K.R) + gamma_C S_0.dS_C
     dlog = E_row - E_col + F_row - F_col + qy - kz - kr
     after = tl.sum(dlog, 0) - tl.cumsum(dlog, 0) + dlog  # sum over i >= t
     tl.store(dg + at + r * HV, after + tl.sum(kr, 0) + gamma_C * sds, mask=r < left)
@@ -913,9 +896,6 @@ def chunk_gla(
         x = F.pad(x.to(work), (0, 0, 0, 0, 0, -T % C))
         return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4)
 
-    def from_start(g):  # [..., C, D] -> decay from the start to token i, which includes g_i
-        return g.cumsum(-2).exp()
-
     def to_end(g):  # [..., C, D] -> decay from token j, without g_j, to the end
         return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2).exp()
 
@@ -925,15 +905,16 @@ def chunk_gla(
         S = q.new_zeros(B, H, Dk, Dv) if initial_state is None else initial_state.to(work)
         # 1. every token reads itself
         o, size = (q * k).sum(-1, keepdim=True) * v, 1
-        # 2. the second of two blocks reads the first
+        # 2. the second of two blocks reads the first, across the decay from m to token i, g_i too
         while size < C:
-            (_, q2), (k1, _), (v1, _), (g1, g2) = (
-                x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, v, g))  # fmt: skip
-            o2 = (q2 * from_start(g2)) @ (k1 * to_end(g1)).mT @ v1
+            halves = (x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, v, g))
+            (_, q2), (k1, _), (v1, _), (g1, g2) = halves
+            o2 = (q2 * g2.cumsum(-2).exp()) @ (k1 * to_end(g1)).mT @ v1
             o = o + torch.stack([torch.zeros_like(o2), o2], -3).flatten(-4, -2)
             size *= 2
         # 3. every chunk reads the state that the chunks before it left
-        Q, K, gamma_C, read = q * from_start(g), k * to_end(g), g.sum(-2).exp()[..., None], []
+        Q, K, read = q * g.cumsum(-2).exp(), k * to_end(g), []
+        gamma_C = g.sum(-2).exp()[..., None]
         for n in range(len(q)):
             read.append(Q[n] @ S)
             S = gamma_C[n] * S + K[n].mT @ v[n]
