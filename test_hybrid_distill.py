@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
@@ -316,6 +317,46 @@ def test_one_compiled_function_serves_heads_of_any_size():
     for shape in ((2, 35, 2, 4, 20, 24), (1, 9, 1, 3, 8, 40)):
         inputs = kernels.example(*shape)[:5]
         same(compiled(*inputs)[0], run(*inputs)[0], 1e-6)
+
+def gla_example(T, decay, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(T)
+    randn = lambda *shape: torch.randn(shape, generator=rng)
+    g = -torch.rand(2, T, 3, 12, generator=rng)
+    strong = torch.rand(g.shape, generator=rng) < 0.3
+    g = 50 * g if decay == "strong" else torch.where(strong, decay, 0.1 * g)
+    x = randn(2, T, 3, 12), randn(2, T, 3, 12), randn(2, T, 3, 20), g, randn(2, 3, 12, 20)
+    return [t.to(dtype) for t in x]
+
+def gla_everything(rule, inputs):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = rule(*inputs[:4], None, inputs[4], True)
+    rng = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=rng).to(x) for x in outputs]
+    return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, grads)
+
+@pytest.mark.parametrize("decay", ["strong", 0.0, -50.0, -torch.inf], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 63, 65, 200])
+def test_chunked_gla_is_the_recurrence(T, decay):
+    inputs = gla_example(T, decay)
+    truth = gla_everything(kernels.recurrent_gla, [x.double() for x in inputs])
+    for found, true in zip(gla_everything(kernels.chunk_gla, inputs), truth):
+        assert torch.isfinite(found).all() and (found - true).norm() <= 1e-6 * true.norm()
+
+def test_gla_packed_padded_and_wrong_shapes():
+    q, k, v, g, S = gla_example(150, -50.0)
+    ends, row = torch.tensor([0, 3, 80, 150]), [x[:1] for x in (q, k, v, g)]
+    starts = torch.cat([S, S[:1]])
+    o, last = kernels.chunk_gla(*row, None, starts, True, ends)
+    for n, (i, j) in enumerate([(0, 3), (3, 80), (80, 150)]):
+        part = kernels.chunk_gla(*(x[:, i:j] for x in row), None, starts[n : n + 1], True)
+        assert torch.equal(o[:, i:j], part[0]) and torch.equal(last[n], part[1][0])
+    k[:, 90:], v[:, 90:], g[:, 90:] = 0, 0, 0  # padding leaves the state alone
+    same(kernels.chunk_gla(q, k, v, g, None, S, True)[1],
+         kernels.chunk_gla(*(x[:, :90] for x in (q, k, v, g)), None, S, True)[1])
+    with pytest.raises(ValueError, match="q, k and g must be"):
+        kernels.chunk_gla(q, k, v, g[..., 0])
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 150"):
+        kernels.chunk_gla(*row, cu_seqlens=torch.tensor([0, 3]))
 
 def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     """Every launch of a forward, a backward and a decoding step: kernel, grid, arguments, how."""
@@ -800,17 +841,20 @@ def planted(layers):
 HELD_OUT = {"text": [tokens(8, 16, seed=99)]}
 ALONE = {i: [i] for i in range(4)}
 
-def measured(how, teacher, what, **options):
-    """Select or score the layers of a fresh student, which must stay as it is."""
+def select_by(teacher, name, k=1, held_out=HELD_OUT, steps=4, **more):
+    """Select layers for a fresh student, which must stay as it is, like the teacher."""
     student = make_student(teacher)
-    before = weights(student)
-    found = how(student, teacher, batches, HELD_OUT, what, 4, evaluate_every=1, **options)
-    assert equal(before, weights(student))
+    before = weights(student), weights(teacher)
+    history = hd.align_hidden_states(make_student(teacher), teacher, batches, 4)
+    args = student, teacher, batches, held_out, k, steps, name, history
+    found = hd.select_layers(*args, **{"evaluate_every": 2, **more})
+    assert equal(before[0], weights(student)) and equal(before[1], weights(teacher))
+    assert not any(m._forward_hooks for m in teacher.modules())
     return found
 
 @pytest.mark.parametrize("strategy", ["ga-s2", "greedy"])
 def test_selection_finds_planted_layers(strategy):
-    found = measured(hd.select_layers, planted([1, 3]), 2, strategy=strategy)
+    found = select_by(planted([1, 3]), strategy, 2, evaluate_every=1)
     assert set(found.chosen) == {1, 3} == set(found.ranking[:2])
     assert sorted(found.ranking) == [0, 1, 2, 3]
     assert [point["step"] for point in found.rounds[0]["curves"][0]] == [0, 1, 2, 3, 4]
@@ -821,7 +865,9 @@ def test_selection_finds_planted_layers(strategy):
 
 def test_candidates_in_groups_and_in_turn_score_as_all_at_once(tmp_path):
     teacher = planted([1])
-    score = functools.partial(measured, hd.score_layers, teacher, ALONE, lr=1e-3, rest_lr=1e-4)
+    student, how = make_student(teacher), dict(evaluate_every=1, lr=1e-3, rest_lr=1e-4)
+    args, before = (student, teacher, batches, HELD_OUT, ALONE, 4), weights(student)
+    score = functools.partial(hd.score_layers, *args, **how)
     scores = [score(at_once=n) for n in (4, 3, 1)]
     assert scores[0] == scores[1] == scores[2] and list(scores[0]) == [0, 1, 2, 3]
     hybrid = hd.restore_attention(make_student(teacher), teacher, [2])
@@ -829,7 +875,96 @@ def test_candidates_in_groups_and_in_turn_score_as_all_at_once(tmp_path):
     assert scores[0][2][0] == {"step": 0, "kl": kl, "kl_text": kl}
     kept = lambda sets: hd.Checkpoint(tmp_path / str(sets), keep=False)
     early = score(at_once=2, early_stop=2, checkpoint=kept)
+    assert equal(before, weights(student))
     assert early == {i: curve[:3] for i, curve in scores[0].items()}  # settled at step 2 of 4
+
+# (steps of 64 tokens: 4 for each layer, 100 for gates; looks at a whole model)
+COSTS = {"ga-s2": (16, 0), "gr-s2": (16, 0), "avg-s2": (32, 0), "greedy": (16, 0)}
+COSTS |= {"gates": (100, 0), "gates+ga-s2": (108, 0), "ga-s1": (0, 0)}
+COSTS |= {"mse": (0, 5), "ppl": (0, 5), "zero-shot": (0, 4)}
+
+@pytest.mark.parametrize("name", [name for name in hd.SELECTORS if name not in ("smart", "ar")])
+def test_every_selector_finds_the_planted_layer(name):
+    found = select_by(planted([2]), name)
+    assert found.chosen == [2] and sorted(found.ranking) == [0, 1, 2, 3] == sorted(found.importance)
+    assert (found.tokens / 64, found.evaluations) == COSTS[name]
+
+def test_ar_asks_the_teacher_without_a_layer():
+    teacher = planted([2])
+    x = tokens(2, 9)
+    whole = teacher(x).logits
+    found = select_by(teacher, "ar", recall=lambda m: float(torch.equal(m(x).logits, whole)))
+    assert found.importance == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0} and found.chosen == [2]
+    with pytest.raises(hd.UserError, match="ar needs a measure of recall"):
+        select_by(teacher, "ar")
+    with pytest.raises(hd.UserError, match="words of one token to ask for: this one has 0"):
+        hd.TokenCorpus(np.arange(99), 9, 0, hd.byte_tokenizer()).words()
+
+def test_smart_spreads_the_most_sensitive_layers(monkeypatch):
+    best = [0.0, 9, 1, 1, 5, 1, 1, 9, 0]
+    monkeypatch.setattr(hd, "zero_shot", lambda x: dict(enumerate(best)))
+    total = lambda layers: sum(best[i] for i in layers)
+    for k, wanted in ((2, [0, 8]), (3, [0, 4, 8]), (4, [0, 1, 4, 8]), (5, [0, 1, 4, 7, 8])):
+        x = hd.Scoring(k=k, layers=range(9), ranking=[])
+        hd.smart(x)
+        path = sorted(x.ranking[:k])
+        assert path == wanted or total(path) == total(wanted)
+        low, high = max(1, 8 // (k - 1) - 1), -(-8 // (k - 1)) + 1
+        every = [(0, *between, 8) for between in itertools.combinations(range(1, 8), k - 2)]
+        every = [p for p in every if all(low <= b - a <= high for a, b in zip(p, p[1:]))]
+        assert tuple(path) in every and total(path) == max(map(total, every))
+        assert sorted(x.ranking) == list(range(9))
+
+def test_removal_scores_the_complement_and_what_is_shared_is_made_once(monkeypatch):
+    seen, real, made = [], hd.score_layers, {}
+
+    def spy(student, teacher, batches, held_out, sets, steps, **how):
+        seen.append((sets, steps))
+        return real(student, teacher, batches, held_out, sets, steps, **how)
+
+    monkeypatch.setattr(hd, "score_layers", spy)
+    teacher = planted([2])
+    ga = select_by(teacher, "ga-s2", made=made)
+    gr = select_by(teacher, "gr-s2", made=made)
+    others = {i: [j for j in range(4) if j != i] for i in range(4)}
+    assert seen == [(ALONE, 4), (others, 4)]
+    assert all(gr.importance[i] == gr.rounds[0]["curves"][i][-1]["kl"] for i in range(4))
+    avg, zero, smart = (select_by(teacher, n, made=made) for n in ("avg-s2", "zero-shot", "smart"))
+    assert len(seen) == 2 and avg.tokens == ga.tokens + gr.tokens  # as if alone
+    assert zero.importance == {i: -ga.rounds[0]["curves"][i][0]["kl"] for i in range(4)}
+    assert select_by(teacher, "zero-shot").importance == zero.importance  # alone, the same
+    assert seen[2:] == [(ALONE, 0)]
+    more = [select_by(teacher, n, steps=4, made=made) for n in ("gates+ga-s2", "greedy")]
+    assert len(seen) == 3 and more[1].importance == ga.importance  # they score ga-s2's candidates
+    select_by(teacher, "zero-shot", made=(first := {}))
+    assert select_by(teacher, "ga-s2", made=first).importance == ga.importance  # step 0 is no score
+
+def test_scores_look_at_the_validation_part_alone(monkeypatch):
+    """What evaluates is given held_out; what trains is given batches."""
+    teacher, marked = planted([2]), {"text": [torch.full((2, 16), 7)]}
+    scored, real = [], hd.last_hidden
+
+    def spy(model, x):
+        scored.extend(() if model.training else [x])
+        return real(model, x)
+
+    monkeypatch.setattr(hd, "last_hidden", spy)
+    for name in ("mse", "ppl", "zero-shot", "smart"):
+        scored.clear()
+        student = make_student(teacher)
+        hd.select_layers(student, teacher, lambda step: 1 / 0, marked, 1, 4, name)
+        assert scored and all((x == 7).all() for x in scored), name
+    parts, held_out_kl = [], hd.held_out_kl
+    monkeypatch.setattr(hd, "held_out_kl", lambda m, t, h: parts.append(h) or held_out_kl(m, t, h))
+    select_by(teacher, "avg-s2", held_out=marked)
+    assert parts and all(part is marked for part in parts)
+
+def test_an_early_end_of_removal_watches_the_layers_that_stay(tmp_path, monkeypatch):
+    watched, real = [], hd.settled
+    monkeypatch.setattr(hd, "settled", lambda c, n, k: watched.append(k) or real(c, n, k))
+    save = lambda sets, early: hd.Checkpoint(tmp_path / hd.key([sets, early]), keep=False)
+    found = [select_by(planted([2]), "gr-s2", k=1, early_stop=1, checkpoint=save) for _ in range(2)]
+    assert set(watched) == {3} and found[0] == found[1] and found[0].chosen == [2]
 
 def test_what_has_settled():
     curve = lambda *kls: [{"step": i, "kl": kl} for i, kl in enumerate(kls)]
@@ -866,6 +1001,50 @@ def test_rules_and_published_selections():
     assert len(set(map(tuple, draws))) == 6 and draws[0] == place("random", 28, 7, 0)
     assert place("published", 28, 7, 0, "meta/Llama-3.2-3B-Instruct/") == [14, 8, 5, 12, 15, 13, 2]
 
+PAPER_RANKINGS = """
+Llama-3.2-3B-Instruct | gdn | ar | 0 16 11 14 7 5 9 13 2 12 1 8 27 26
+Llama-3.2-3B-Instruct | gdn | ar_multihop | 0 13 12 16 11 7 23 14 10 5 21 25 9 8
+Llama-3.2-3B-Instruct | gdn | ga_s2 | 14 8 5 12 15 13 2 26 24 16 17 18 21 10
+Llama-3.2-3B-Instruct | gdn | mse | 0 1 27 24 25 2 26 4 15 23 19 21 3 18
+Llama-3.2-3B-Instruct | gdn | ppl | 0 1 27 2 24 3 26 25 4 14 15 19 16 5
+Llama-3.2-3B-Instruct | gla | gla_v1_ranking | 14 8 12 5 16 15 13 2 24 17 18 26 21 10
+Qwen2.5-1.5B-Instruct | gdn | ar | 0 16 13 22 1 14 18 15 27
+Qwen2.5-1.5B-Instruct | gdn | ar_multihop | 0 16 20 11 13 22 12 27 15
+Qwen2.5-1.5B-Instruct | gdn | ga_s2 | 8 12 14 19 20 23 24 26 27
+Qwen2.5-1.5B-Instruct | gdn | mse | 0 27 1 2 3 26 4 21 24
+Qwen2.5-1.5B-Instruct | gdn | ppl | 0 1 27 25 26 21 2 22 24
+Qwen2.5-3B-Instruct | gdn | ar | 0 1 27 18 20 25 24 26 21 8 12 19 23 7 35 17 33 22
+Qwen2.5-3B-Instruct | gdn | ar_multihop | 0 1 27 21 26 16 20 5 23 24 18 6 13 3 9 22 8 17
+Qwen2.5-3B-Instruct | gdn | ga_s2 | 20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13
+Qwen2.5-3B-Instruct | gdn | mse | 0 1 35 34 31 33 32 30 8 12 27 3 4 2 6 5 28 10
+Qwen2.5-3B-Instruct | gdn | ppl | 0 1 35 34 32 31 33 30 27 12 6 5 9 8 29 2 4 7
+Qwen2.5-3B-Instruct | gla | gla_v1_ranking | 33 32 20 25 31 21 22 30 27 17 5 19 26 7 29 28 3 15
+Qwen2.5-7B-Instruct | gdn | ar | 0 6 27 15 16 22 1 13 14
+Qwen2.5-7B-Instruct | gdn | ar_multihop | 0 27 10 6 14 16 13 22 5
+Qwen2.5-7B-Instruct | gdn | ga_s2 | 14 22 16 17 5 23 26 8 15
+Qwen2.5-7B-Instruct | gdn | mse | 0 27 3 26 4 9 24 23 25
+Qwen2.5-7B-Instruct | gdn | ppl | 0 27 3 26 23 25 24 9 6
+"""
+
+def test_published_rankings_of_every_score():
+    rows = [line.split(" | ") for line in PAPER_RANKINGS.strip().splitlines()]
+    assert len(rows) == len(hd.PUBLISHED)
+    for teacher, mixer, score, layers in rows:
+        layers = [int(i) for i in layers.split()]
+        L = 36 if teacher.startswith("Qwen2.5-3B") else 28
+        rule = {"ga_s2": "published", "gla_v1_ranking": "published:gla"}
+        rule = rule.get(score, f"published:{score}")
+        found = hd.place_layers(rule, L, len(layers), 0, f"somewhere/{teacher}")
+        if (teacher, score) == ("Qwen2.5-1.5B-Instruct", "ga_s2"):
+            assert sorted(found) == layers  # a set
+        else:
+            assert found == layers
+            if rule != "published":
+                assert hd.place_layers(rule, L, 3, 0, teacher) == layers[:3]
+    for rule, k in (("published", 8), ("published:ar", 10)):
+        with pytest.raises(hd.UserError, match=f"no selection of {k} layers is published .* by"):
+            hd.place_layers(rule, 28, k, 0, "Qwen2.5-1.5B-Instruct")
+
 def transfer(*args, **how):
     return hd.transfer_attention(make_teacher(), *args, **how)
 
@@ -889,7 +1068,8 @@ def select(*args, kept=()):
     ("one of ga-s1, ga-s2", lambda: select(1, 1, "best")),
     ("without softmax layers", lambda: select(1, 1, kept=[1])),
     ("all-linear", lambda: hd.restore_attention(transfer([1]), make_teacher(), [2])),
-    ("give a checkpoint", lambda: measured(hd.score_layers, make_teacher(), ALONE, early_stop=2)),
+    ("give a checkpoint",
+     lambda: hd.score_layers(transfer(), make_teacher(), [], HELD_OUT, ALONE, 4, early_stop=2)),
     ("train part has 8 tokens, too few for a sequence of 16",
      lambda: hd.TokenCorpus(np.arange(200), 96, 0).batches("distill", hd.Budget(64, 16, 2, 1))),
 ])  # fmt: skip
@@ -997,6 +1177,33 @@ def test_iterated_selection_is_the_same_one_candidate_at_a_time(folder):
     rounds = [scored["curves"] for scored in found[0]["rounds"]]
     layer = str(found[0]["chosen"][2])
     assert rounds[0][layer] != rounds[1][layer] != rounds[2][layer]
+
+def test_one_command_compares_selectors(folder):
+    names = "ga-s1,avg-s2,gates+ga-s2,mse,smart,gates,first"
+    assert hd.main(arguments(folder, "--baselines", names)) == 0
+    rows = {row["name"]: row for row in report(folder / "run")["rows"]}
+    assert list(rows) == ["teacher", "kl-guided", *names.split(",")]
+    cost = lambda name: (rows[name]["selection_tokens"], rows[name]["selection_evaluations"])
+    assert cost("kl-guided") == (4 * 64, 0) and cost("avg-s2") == (8 * 64, 0)
+    assert cost("gates") == (100 * 32, 0)  # steps, and tokens of one
+    assert cost("gates+ga-s2") == (100 * 32 + 2 * 64, 0)
+    assert cost("mse") == (0, 5) and cost("smart") == (0, 4) and cost("first") == cost("ga-s1")
+    assert "| selector | kl-guided | ga-s1 |" in (folder / "run" / "report.md").read_text()
+    done = {file: file.read_text() for file in (folder / "run").glob("*/metrics.jsonl")}
+    assert hd.main(arguments(folder, "--select", "gr-s2", "--baselines", "gates,ga-s2")) == 0
+    assert done == {f: f.read_text() for f in (folder / "run").glob("*/metrics.jsonl")}
+
+def test_a_gla_student_is_trained_saved_and_loaded(folder):
+    assert hd.main(arguments(folder, "--mixer", "gla")) == 0
+    found, student = report(folder / "run"), load(folder / "run" / "student")
+    names = [row["name"] for row in found["rows"]]
+    assert names == ["teacher", "kl-guided", "all-linear", "first"]
+    linear = student.model.layers[found["selection"]["ranking"][-1]].self_attn
+    assert type(linear).__name__ == "GatedLinearAttention"
+    again = hd.HYBRIDS[LlamaForCausalLM].from_pretrained(folder / "run" / "student")
+    how = dict(max_new_tokens=12, **GREEDY)
+    written = [m.eval().generate(tokens(1, 9), **how).tolist() for m in (student, again)]
+    assert written[0] == written[1] and equal(weights(student), weights(again))
 
 WRONG = [
     ([], "is in use by another process"),
@@ -1154,14 +1361,12 @@ def test_needle_prompts_hold_their_answer():
         assert prompt.count("special magic number") == 4 + 2
 
 def test_recall_counts_whole_answers():
-    class Copy:  # writes the first of two answer tokens right, the second for every other prompt
-        device = "cpu"
+    def generate(tokens, **how):  # the first token right, the second for every other prompt
+        second = tokens[:, 1:2] * (torch.arange(len(tokens)) % 2)[:, None]
+        return torch.cat([tokens, tokens[:, :1], second], 1)
 
-        def generate(self, tokens, **how):
-            second = tokens[:, 1:2] * (torch.arange(len(tokens)) % 2)[:, None]
-            return torch.cat([tokens, tokens[:, :1], second], 1)
-    prompts = tokens(8, 5)
-    assert hd.recall_accuracy(Copy(), prompts, prompts[:, :2]) == 0.5
+    model, prompts = types.SimpleNamespace(device="cpu", generate=generate), tokens(8, 5)
+    assert hd.recall_accuracy(model, prompts, prompts[:, :2]) == 0.5
 
 def test_readme_links_stand_on_their_lines():
     lines = (HERE / "hybrid_distill.py").read_text().splitlines()
@@ -1170,222 +1375,12 @@ def test_readme_links_stand_on_their_lines():
     for number, name in rows:
         assert re.match(rf"(def|class) {name}\b", lines[int(number) - 1]), (number, name)
 
-# ------------------------------------------------------- every selector, gated linear attention
-
-def select_by(teacher, name, k=1, held_out=HELD_OUT, steps=4, **more):
-    student, batches = make_student(teacher), lambda step: tokens(4, 16, seed=step)
-    before = weights(student), weights(teacher)
-    history = hd.align_hidden_states(make_student(teacher), teacher, batches, 4)
-    args = student, teacher, batches, held_out, k, steps, name, history
-    found = hd.select_layers(*args, evaluate_every=2, **more)
-    assert equal(before[0], weights(student)) and equal(before[1], weights(teacher))
-    assert not any(m._forward_hooks for m in teacher.modules())
-    return found
-
-# (steps of 64 tokens: 4 for each layer, 100 for gates; looks at a whole model)
-COSTS = {"ga-s2": (16, 0), "gr-s2": (16, 0), "avg-s2": (32, 0), "greedy": (16, 0)}
-COSTS |= {"gates": (100, 0), "gates+ga-s2": (108, 0), "ga-s1": (0, 0)}
-COSTS |= {"mse": (0, 5), "ppl": (0, 5), "zero-shot": (0, 4)}
-
-@pytest.mark.parametrize("name", [name for name in hd.SELECTORS if name not in ("smart", "ar")])
-def test_every_selector_finds_the_planted_layer(name):
-    found = select_by(planted([2]), name)
-    assert found.chosen == [2] and sorted(found.ranking) == [0, 1, 2, 3] == sorted(found.importance)
-    assert (found.tokens / 64, found.evaluations) == COSTS[name]
-
-def test_ar_asks_the_teacher_without_a_layer():
-    teacher = planted([2])
-    x = tokens(2, 9)
-    whole = teacher(x).logits
-    found = select_by(teacher, "ar", recall=lambda m: float(torch.equal(m(x).logits, whole)))
-    assert found.importance == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0} and found.chosen == [2]
-    with pytest.raises(hd.UserError, match="ar needs a measure of recall"):
-        select_by(teacher, "ar")
-    with pytest.raises(hd.UserError, match="words of one token to ask for: this one has 0"):
-        hd.TokenCorpus(np.arange(99), 9, 0, hd.byte_tokenizer()).words()
-
-def test_smart_spreads_the_most_sensitive_layers(monkeypatch):
-    best = [0.0, 9, 1, 1, 5, 1, 1, 9, 0]
-    monkeypatch.setattr(hd, "zero_shot", lambda x: dict(enumerate(best)))
-    total = lambda layers: sum(best[i] for i in layers)
-    for k, wanted in ((2, [0, 8]), (3, [0, 4, 8]), (4, [0, 1, 4, 8]), (5, [0, 1, 4, 7, 8])):
-        x = hd.Scoring(k=k, layers=range(9), ranking=[])
-        hd.smart(x)
-        path = sorted(x.ranking[:k])
-        assert path == wanted or total(path) == total(wanted)
-        low, high = max(1, 8 // (k - 1) - 1), -(-8 // (k - 1)) + 1
-        every = [(0, *between, 8) for between in itertools.combinations(range(1, 8), k - 2)]
-        every = [p for p in every if all(low <= b - a <= high for a, b in zip(p, p[1:]))]
-        assert tuple(path) in every and total(path) == max(map(total, every))
-        assert sorted(x.ranking) == list(range(9))
-
-def test_removal_scores_the_complement_and_what_is_shared_is_made_once(monkeypatch):
-    seen, real, made = [], hd.score_layers, {}
-
-    def spy(student, teacher, batches, held_out, sets, steps, **how):
-        seen.append((sets, steps))
-        return real(student, teacher, batches, held_out, sets, steps, **how)
-
-    monkeypatch.setattr(hd, "score_layers", spy)
-    teacher = planted([2])
-    ga = select_by(teacher, "ga-s2", made=made)
-    gr = select_by(teacher, "gr-s2", made=made)
-    others = {i: [j for j in range(4) if j != i] for i in range(4)}
-    assert seen == [(ALONE, 4), (others, 4)]
-    assert all(gr.importance[i] == gr.rounds[0]["curves"][i][-1]["kl"] for i in range(4))
-    avg, zero, smart = (select_by(teacher, n, made=made) for n in ("avg-s2", "zero-shot", "smart"))
-    assert len(seen) == 2 and avg.tokens == ga.tokens + gr.tokens  # as if alone
-    assert zero.importance == {i: -ga.rounds[0]["curves"][i][0]["kl"] for i in range(4)}
-    assert select_by(teacher, "zero-shot").importance == zero.importance  # alone, the same
-    assert seen[2:] == [(ALONE, 0)]
-    more = [select_by(teacher, n, steps=4, made=made) for n in ("gates+ga-s2", "greedy")]
-    assert len(seen) == 3 and more[1].importance == ga.importance  # they score ga-s2's candidates
-    select_by(teacher, "zero-shot", made=(first := {}))
-    assert select_by(teacher, "ga-s2", made=first).importance == ga.importance  # step 0 is no score
-
-def test_scores_look_at_the_validation_part_alone(monkeypatch):
-    """What evaluates is given held_out; what trains is given batches."""
-    teacher, marked = planted([2]), {"text": [torch.full((2, 16), 7)]}
-    scored, real = [], hd.last_hidden
-
-    def spy(model, x):
-        scored.extend(() if model.training else [x])
-        return real(model, x)
-
-    monkeypatch.setattr(hd, "last_hidden", spy)
-    for name in ("mse", "ppl", "zero-shot", "smart"):
-        scored.clear()
-        student = make_student(teacher)
-        hd.select_layers(student, teacher, lambda step: 1 / 0, marked, 1, 4, name)
-        assert scored and all((x == 7).all() for x in scored), name
-    parts, held_out_kl = [], hd.held_out_kl
-    monkeypatch.setattr(hd, "held_out_kl", lambda m, t, h: parts.append(h) or held_out_kl(m, t, h))
-    select_by(teacher, "avg-s2", held_out=marked)
-    assert parts and all(part is marked for part in parts)
-
-def test_an_early_end_of_removal_watches_the_layers_that_stay(tmp_path, monkeypatch):
-    watched, real = [], hd.settled
-    monkeypatch.setattr(hd, "settled", lambda c, n, k: watched.append(k) or real(c, n, k))
-    save = lambda sets, early: hd.Checkpoint(tmp_path / hd.key([sets, early]), keep=False)
-    found = [select_by(planted([2]), "gr-s2", k=1, early_stop=1, checkpoint=save) for _ in range(2)]
-    assert set(watched) == {3} and found[0] == found[1] and found[0].chosen == [2]
-
-PAPER_RANKINGS = """
-Llama-3.2-3B-Instruct | gdn | ar | 0 16 11 14 7 5 9 13 2 12 1 8 27 26
-Llama-3.2-3B-Instruct | gdn | ar_multihop | 0 13 12 16 11 7 23 14 10 5 21 25 9 8
-Llama-3.2-3B-Instruct | gdn | ga_s2 | 14 8 5 12 15 13 2 26 24 16 17 18 21 10
-Llama-3.2-3B-Instruct | gdn | mse | 0 1 27 24 25 2 26 4 15 23 19 21 3 18
-Llama-3.2-3B-Instruct | gdn | ppl | 0 1 27 2 24 3 26 25 4 14 15 19 16 5
-Llama-3.2-3B-Instruct | gla | gla_v1_ranking | 14 8 12 5 16 15 13 2 24 17 18 26 21 10
-Qwen2.5-1.5B-Instruct | gdn | ar | 0 16 13 22 1 14 18 15 27
-Qwen2.5-1.5B-Instruct | gdn | ar_multihop | 0 16 20 11 13 22 12 27 15
-Qwen2.5-1.5B-Instruct | gdn | ga_s2 | 8 12 14 19 20 23 24 26 27
-Qwen2.5-1.5B-Instruct | gdn | mse | 0 27 1 2 3 26 4 21 24
-Qwen2.5-1.5B-Instruct | gdn | ppl | 0 1 27 25 26 21 2 22 24
-Qwen2.5-3B-Instruct | gdn | ar | 0 1 27 18 20 25 24 26 21 8 12 19 23 7 35 17 33 22
-Qwen2.5-3B-Instruct | gdn | ar_multihop | 0 1 27 21 26 16 20 5 23 24 18 6 13 3 9 22 8 17
-Qwen2.5-3B-Instruct | gdn | ga_s2 | 20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13
-Qwen2.5-3B-Instruct | gdn | mse | 0 1 35 34 31 33 32 30 8 12 27 3 4 2 6 5 28 10
-Qwen2.5-3B-Instruct | gdn | ppl | 0 1 35 34 32 31 33 30 27 12 6 5 9 8 29 2 4 7
-Qwen2.5-3B-Instruct | gla | gla_v1_ranking | 33 32 20 25 31 21 22 30 27 17 5 19 26 7 29 28 3 15
-Qwen2.5-7B-Instruct | gdn | ar | 0 6 27 15 16 22 1 13 14
-Qwen2.5-7B-Instruct | gdn | ar_multihop | 0 27 10 6 14 16 13 22 5
-Qwen2.5-7B-Instruct | gdn | ga_s2 | 14 22 16 17 5 23 26 8 15
-Qwen2.5-7B-Instruct | gdn | mse | 0 27 3 26 4 9 24 23 25
-Qwen2.5-7B-Instruct | gdn | ppl | 0 27 3 26 23 25 24 9 6
-"""
-
-def test_published_rankings_of_every_score():
-    rows = [line.split(" | ") for line in PAPER_RANKINGS.strip().splitlines()]
-    assert len(rows) == len(hd.PUBLISHED)
-    for teacher, mixer, score, layers in rows:
-        layers = [int(i) for i in layers.split()]
-        L = 36 if teacher.startswith("Qwen2.5-3B") else 28
-        rule = {"ga_s2": "published", "gla_v1_ranking": "published:gla"}
-        rule = rule.get(score, f"published:{score}")
-        found = hd.place_layers(rule, L, len(layers), 0, f"somewhere/{teacher}")
-        if (teacher, score) == ("Qwen2.5-1.5B-Instruct", "ga_s2"):
-            assert sorted(found) == layers  # a set
-        else:
-            assert found == layers
-            if rule != "published":
-                assert hd.place_layers(rule, L, 3, 0, teacher) == layers[:3]
-    for rule, k in (("published", 8), ("published:ar", 10)):
-        with pytest.raises(hd.UserError, match=f"no selection of {k} layers is published .* by"):
-            hd.place_layers(rule, 28, k, 0, "Qwen2.5-1.5B-Instruct")
-
-def test_one_command_compares_selectors(folder):
-    names = "ga-s1,avg-s2,gates+ga-s2,mse,smart,gates,first"
-    assert hd.main(arguments(folder, "--baselines", names)) == 0
-    rows = {row["name"]: row for row in report(folder / "run")["rows"]}
-    assert list(rows) == ["teacher", "kl-guided", *names.split(",")]
-    cost = lambda name: (rows[name]["selection_tokens"], rows[name]["selection_evaluations"])
-    assert cost("kl-guided") == (4 * 64, 0) and cost("avg-s2") == (8 * 64, 0)
-    assert cost("gates") == (100 * 32, 0)  # steps, and tokens of one
-    assert cost("gates+ga-s2") == (100 * 32 + 2 * 64, 0)
-    assert cost("mse") == (0, 5) and cost("smart") == (0, 4) and cost("first") == cost("ga-s1")
-    assert "| selector | kl-guided | ga-s1 |" in (folder / "run" / "report.md").read_text()
-    done = {file: file.read_text() for file in (folder / "run").glob("*/metrics.jsonl")}
-    assert hd.main(arguments(folder, "--select", "gr-s2", "--baselines", "gates,ga-s2")) == 0
-    assert done == {f: f.read_text() for f in (folder / "run").glob("*/metrics.jsonl")}
-
-def gla_example(T, decay, dtype=torch.float32):
-    rng = torch.Generator().manual_seed(T)
-    randn = lambda *shape: torch.randn(shape, generator=rng)
-    g = -torch.rand(2, T, 3, 12, generator=rng)
-    strong = torch.rand(g.shape, generator=rng) < 0.3
-    g = 50 * g if decay == "strong" else torch.where(strong, decay, 0.1 * g)
-    x = randn(2, T, 3, 12), randn(2, T, 3, 12), randn(2, T, 3, 20), g, randn(2, 3, 12, 20)
-    return [t.to(dtype) for t in x]
-
-def gla_everything(rule, inputs):
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = rule(*inputs[:4], None, inputs[4], True)
-    rng = torch.Generator().manual_seed(1)
-    grads = [torch.randn(x.shape, generator=rng).to(x) for x in outputs]
-    return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, grads)
-
-@pytest.mark.parametrize("decay", ["strong", 0.0, -50.0, -torch.inf], ids=str)
-@pytest.mark.parametrize("T", [1, 2, 63, 65, 200])
-def test_chunked_gla_is_the_recurrence(T, decay):
-    inputs = gla_example(T, decay)
-    truth = gla_everything(kernels.recurrent_gla, [x.double() for x in inputs])
-    for found, true in zip(gla_everything(kernels.chunk_gla, inputs), truth):
-        assert torch.isfinite(found).all() and (found - true).norm() <= 1e-6 * true.norm()
-
-def test_gla_packed_padded_and_wrong_shapes():
-    q, k, v, g, S = gla_example(150, -50.0)
-    ends, row = torch.tensor([0, 3, 80, 150]), [x[:1] for x in (q, k, v, g)]
-    starts = torch.cat([S, S[:1]])
-    o, last = kernels.chunk_gla(*row, None, starts, True, ends)
-    for n, (i, j) in enumerate([(0, 3), (3, 80), (80, 150)]):
-        part = kernels.chunk_gla(*(x[:, i:j] for x in row), None, starts[n : n + 1], True)
-        assert torch.equal(o[:, i:j], part[0]) and torch.equal(last[n], part[1][0])
-    k[:, 90:], v[:, 90:], g[:, 90:] = 0, 0, 0  # padding leaves the state alone
-    same(kernels.chunk_gla(q, k, v, g, None, S, True)[1],
-         kernels.chunk_gla(*(x[:, :90] for x in (q, k, v, g)), None, S, True)[1])
-    with pytest.raises(ValueError, match="q, k and g must be"):
-        kernels.chunk_gla(q, k, v, g[..., 0])
-    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 150"):
-        kernels.chunk_gla(*row, cu_seqlens=torch.tensor([0, 3]))
-
-def test_a_gla_student_is_trained_saved_and_loaded(folder):
-    assert hd.main(arguments(folder, "--mixer", "gla")) == 0
-    found, student = report(folder / "run"), load(folder / "run" / "student")
-    names = [row["name"] for row in found["rows"]]
-    assert names == ["teacher", "kl-guided", "all-linear", "first"]
-    linear = student.model.layers[found["selection"]["ranking"][-1]].self_attn
-    assert type(linear).__name__ == "GatedLinearAttention"
-    again = hd.HYBRIDS[LlamaForCausalLM].from_pretrained(folder / "run" / "student")
-    how = dict(max_new_tokens=12, **GREEDY)
-    written = [m.eval().generate(tokens(1, 9), **how).tolist() for m in (student, again)]
-    assert written[0] == written[1] and equal(weights(student), weights(again))
-
 # ---------------------------------------------------------------------- processes of their own
 
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported it all
 FORKS.set_forkserver_preload(["hybrid_distill"])
-THREE_STEPS = "--align-tokens 96 --select-tokens 96 --distill-tokens 96 --finetune-tokens 192"
+THREE_STEPS = [f"--{name}-tokens=96" for name in ("align", "select", "distill")]
+THREE_STEPS += ["--finetune-tokens=192"]
 
 def forked(args, errors, **torchrun):
     """What a forked process does: a run, alone or with what torchrun tells its processes."""
@@ -1430,10 +1425,13 @@ def command(args, *launcher):
     return subprocess.Popen(line, **pipes, env=env)
 
 def same_run(calm, run):
-    rows = [report(folder)["rows"] for folder in (calm, run)]
-    for one, two in zip(*rows, strict=True):
+    found = [report(folder) for folder in (calm, run)]
+    for one, two in zip(*(x["rows"] for x in found), strict=True):
         assert one["softmax_layers"] == two["softmax_layers"]
         assert one["kl"] == pytest.approx(two["kl"], rel=1e-4, abs=1e-6)
+    one, two = (x["selection"] for x in found)
+    steps = [[len(c) for c in x["rounds"][0]["curves"].values()] for x in (one, two)]
+    assert steps[0] == steps[1] and one["ranking"] == two["ranking"]
     ours, theirs = (weights(load(folder / "student")) for folder in (calm, run))
     for name, weight in ours.items():
         assert (weight - theirs[name]).norm() <= 1e-6 * weight.norm(), name
@@ -1453,7 +1451,7 @@ def test_stopped_again_and_again_a_run_ends_with_the_same_numbers(folder):
     assert equal(*(weights(load(folder / name / "student")) for name in ("calm", "run")))
 
 def test_two_processes_train_what_one_does_killed_or_not(folder):
-    args, errors = arguments(folder, *THREE_STEPS.split()), folder / "errors"
+    args, errors = arguments(folder, *THREE_STEPS), folder / "errors"
     assert hd.main([*args, "--out", str(folder / "calm")]) == 0
     killed_at(start(args, errors, 2), folder / "run", "select-*/metrics.jsonl")
     killed_at(start(args, errors), folder / "run", "distill-*")
@@ -1462,22 +1460,18 @@ def test_two_processes_train_what_one_does_killed_or_not(folder):
     assert process.returncode == 0, error
     same_run(folder / "calm", folder / "run")
 
-def test_a_student_cut_over_two_processes_is_the_same_and_errors_are_said_once(folder):
-    args, errors = arguments(folder, *THREE_STEPS.split(), "--baselines", "none"), folder / "errors"
+@pytest.mark.parametrize("together,more", [
+    (["--shard"], []),
+    ([], [*THREE_STEPS, "--early-stop", 2, "--evaluate-every", 1, "--candidates-at-once", 1]),
+])  # fmt: skip
+def test_two_processes_that_shard_or_stop_early_do_what_one_does(together, more, folder):
+    args = arguments(folder, "--baselines", "none", *more)
     assert hd.main([*args, "--out", str(folder / "calm")]) == 0
-    assert finished(start([*args, "--shard"], errors, 2)) == [0, 0], errors.read_text()
+    errors = folder / "errors"
+    assert finished(start([*args, *together], errors, 2)) == [0, 0], errors.read_text()
     same_run(folder / "calm", folder / "run")
-    assert finished(start([*args, "--select", "9"], errors, 2)) == [1, 1]
+    assert finished(start([*args, "--select", "9"], errors, 2)) == [1, 1]  # said once
     assert errors.read_text().count("error: softmax layers must be") == 1, errors.read_text()
-
-def test_early_stopping_reads_what_every_process_trained_last(folder):
-    more = ("--early-stop", 2, "--evaluate-every", 1, "--candidates-at-once", 1)
-    args = arguments(folder, *THREE_STEPS.split(), "--baselines", "none", *more)
-    assert hd.main([*args, "--out", str(folder / "calm")]) == 0
-    assert finished(start(args, folder / "errors", 2)) == [0, 0]
-    calm, run = (report(folder / name)["selection"] for name in ("calm", "run"))
-    steps = [[len(c) for c in found["rounds"][0]["curves"].values()] for found in (calm, run)]
-    assert steps[0] == steps[1] and calm["ranking"] == run["ranking"]
 
 def test_kernels_in_the_interpreter(interpreter):
     pytest.importorskip("triton")
