@@ -1074,9 +1074,10 @@ def test_a_wrong_call_gets_one_sentence(sentence, call):
         call()
 
 TEXTS = [" ".join(str(1000 * i + j) for j in range(4 + i % 7)) for i in range(60)]
-TINY = dict(align_tokens=64, align_length=16, align_batch=2, select_tokens=64, select_length=16,
-            select_batch=2, distill_tokens=64, distill_length=16, distill_batch=2,
-            finetune_tokens=64, finetune_length=32, finetune_batch=2, held_out=20)  # fmt: skip
+TINY = """--align-tokens 64 --align-length 16 --align-batch 2 --softmax-layers 1
+    --select-tokens 64 --select-length 16 --select-batch 2 --baselines all-linear,first
+    --distill-tokens 64 --distill-length 16 --distill-batch 2 --held-out 20
+    --finetune-tokens 64 --finetune-length 32 --finetune-batch 2""".split()
 
 @pytest.fixture
 def folder(tmp_path, request):
@@ -1087,10 +1088,8 @@ def folder(tmp_path, request):
     return tmp_path
 
 def arguments(folder, *more):
-    args = [x for name, size in TINY.items() for x in (f"--{name.replace('_', '-')}", size)]
-    args += ["--teacher", folder / "teacher", "--data", folder / "ids.npy", "--out", folder / "run"]
-    args += ["--softmax-layers", 1, "--baselines", "all-linear,first", *more]
-    return [str(x) for x in args]
+    args = ["--teacher", folder / "teacher", "--data", folder / "ids.npy", "--out", folder / "run"]
+    return [str(x) for x in (*TINY, *args, *more)]
 
 def report(folder):
     return json.loads((folder / "report.json").read_text())
@@ -1380,8 +1379,8 @@ def forked(args, errors, **torchrun):
     """What a forked process does: a run, alone or with what torchrun tells its processes."""
     os.environ.update(torchrun)
     torch.set_num_threads(1)
-    with open(errors, "a", buffering=1) as sys.stderr:
-        sys.exit(hd.main(args))
+    sys.stderr = open(errors, "a", buffering=1)
+    sys.exit(hd.main(args))
 
 def start(args, errors, world=1):
     with socket.socket() as free:
