@@ -1,17 +1,21 @@
 """Tests of hybrid_distill.py and kernels.py: `pytest`, no GPU and no network needed."""
+import contextlib
 import functools
 import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
@@ -29,11 +33,6 @@ from transformers.cache_utils import Cache
 
 import hybrid_distill as hd
 import kernels
-
-try:  # only --data other than .npy needs it
-    import datasets
-except ImportError:
-    datasets = None
 
 HERE = Path(__file__).parent
 SIZES = dict(vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
@@ -68,9 +67,9 @@ def make_teacher(family="llama", seed=0, **changes):
                 p.mul_(8)
     return teacher
 
-def make_student(teacher, kept=(), seed=1):
+def make_student(teacher, kept=(), mixer="gdn", seed=1):
     torch.manual_seed(seed)
-    return hd.transfer_attention(teacher, kept)
+    return hd.transfer_attention(teacher, kept, mixer)
 
 def tokens(*shape, seed=0):
     return torch.randint(3, 384, shape, generator=torch.Generator().manual_seed(seed))
@@ -122,13 +121,16 @@ def right(inputs, limit, rule=rule, **options):
 def run_rule(q, k, v, g, beta, S, rule=rule, **options):
     return rule(q, k, v, g, beta, None, S, True, True, **options)
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
+@pytest.fixture(scope="session", autouse=True)
+def interpreter(request):
+    """Begun before the first test, on another core; the last test waits for it."""
+    if not any("in_the_interpreter" in item.name for item in request.session.items):
+        return (yield)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([*command, "-k", "interpreted"], env=env, **PIPED)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
-    assert "skipped" not in done.stdout, done.stdout
+    how = dict(env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([*command, "-k", "interpreted"], **how) as process:
+        yield process
+        process.kill()
 
 def example(*shape, kind):
     """As kernels.example; "forgetful" is random with a log-decay of -inf at some places."""
@@ -243,10 +245,6 @@ def test_every_kernel_on_the_gpu_is_the_recurrence(heads, dtype):
             like = 2 if kind == "identical" and heads == (256, 256) else 1
             inputs = kernels.example(2, T, 2, 4, *heads, kind, dtype, "cuda")
             right(inputs, like * kernels.LIMITS[dtype], triton_rule)
-
-@on_a_gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_sequences_on_the_gpu_do_not_leak(dtype):
     check_packed(2 * kernels.LIMITS[dtype], "cuda", dtype, d=64, backend="triton")
 
 @on_a_gpu
@@ -284,11 +282,12 @@ def test_the_chunked_pytorch_copies_out():
     exec("\n".join(map(inspect.getsource, parts)), alone)
     right(kernels.example(1, 70, 1, 2, 16, 24), 1e-5, alone["torch_chunk_gated_delta_rule"])
 
-def test_python_kernels_alone_fails_where_an_error_passes_its_limit(tmp_path):
-    shutil.copy(kernels.__file__, tmp_path)
-    code = "import kernels as k; k.benchmark = print; k.LIMITS[k.torch.float32] = 1e-9; k.main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, **PIPED)
-    assert done.returncode == 1 and "PASSES ITS LIMIT" in done.stdout, done
+def test_python_kernels_fails_where_an_error_passes_its_limit(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "benchmark", print)
+    monkeypatch.setitem(kernels.LIMITS, torch.float32, 1e-9)
+    with pytest.raises(SystemExit, match="an error passes its limit"):
+        kernels.main()
+    assert "PASSES ITS LIMIT" in capsys.readouterr().out
 
 def test_qwen3_next_of_transformers_runs_on_these_kernels(monkeypatch):
     qwen3_next = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
@@ -314,6 +313,46 @@ def test_one_compiled_function_serves_heads_of_any_size():
     for shape in ((2, 35, 2, 4, 20, 24), (1, 9, 1, 3, 8, 40)):
         inputs = kernels.example(*shape)[:5]
         same(compiled(*inputs)[0], run(*inputs)[0], 1e-6)
+
+def gla_example(T, decay, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(T)
+    randn = lambda *shape: torch.randn(shape, generator=rng)
+    g = -torch.rand(2, T, 3, 12, generator=rng)
+    strong = torch.rand(g.shape, generator=rng) < 0.3
+    g = 50 * g if decay == "strong" else torch.where(strong, decay, 0.1 * g)
+    x = randn(2, T, 3, 12), randn(2, T, 3, 12), randn(2, T, 3, 20), g, randn(2, 3, 12, 20)
+    return [t.to(dtype) for t in x]
+
+def gla_everything(rule, inputs):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = rule(*inputs[:4], None, inputs[4], True)
+    rng = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=rng).to(x) for x in outputs]
+    return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, grads)
+
+@pytest.mark.parametrize("decay", ["strong", 0.0, -50.0, -torch.inf], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 63, 65, 200])
+def test_chunked_gla_is_the_recurrence(T, decay):
+    inputs = gla_example(T, decay)
+    truth = gla_everything(kernels.recurrent_gla, [x.double() for x in inputs])
+    for found, true in zip(gla_everything(kernels.chunk_gla, inputs), truth):
+        assert torch.isfinite(found).all() and (found - true).norm() <= 1e-6 * true.norm()
+
+def test_gla_packed_padded_and_wrong_shapes():
+    q, k, v, g, S = gla_example(150, -50.0)
+    ends, row = torch.tensor([0, 3, 80, 150]), [x[:1] for x in (q, k, v, g)]
+    starts = torch.cat([S, S[:1]])
+    o, last = kernels.chunk_gla(*row, None, starts, True, ends)
+    for n, (i, j) in enumerate([(0, 3), (3, 80), (80, 150)]):
+        part = kernels.chunk_gla(*(x[:, i:j] for x in row), None, starts[n : n + 1], True)
+        assert torch.equal(o[:, i:j], part[0]) and torch.equal(last[n], part[1][0])
+    k[:, 90:], v[:, 90:], g[:, 90:] = 0, 0, 0  # padding leaves the state alone
+    short = [x[:, :90] for x in (q, k, v, g)]
+    same(*(kernels.chunk_gla(*x, None, S, True)[1] for x in ((q, k, v, g), short)))
+    with pytest.raises(ValueError, match="q, k and g must be"):
+        kernels.chunk_gla(q, k, v, g[..., 0])
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 150"):
+        kernels.chunk_gla(*row, cu_seqlens=torch.tensor([0, 3]))
 
 def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     """Every launch of a forward, a backward and a decoding step: kernel, grid, arguments, how."""
@@ -392,11 +431,11 @@ def test_a_large_batch_fits_the_grid(monkeypatch):
 
 # ------------------------------------------------------------------------------ mixer and stage 0
 
+@pytest.mark.parametrize("mixer", hd.MIXERS.values())
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_mixer_head_is_the_teachers_head(family):
-    teacher = make_teacher(family)
-    attn, x = teacher.model.layers[1].self_attn, torch.randn(2, 5, 32)
-    mixer = hd.GatedDeltaNet.from_attention(attn)
+def test_every_mixer_head_is_the_teachers_head(family, mixer):
+    attn, x = make_teacher(family).model.layers[1].self_attn, torch.randn(2, 5, 32)
+    mixer = mixer.from_attention(attn)
     Dh, H = attn.head_dim, mixer.num_heads
     for name in ("q_proj", "k_proj", "v_proj"):
         theirs = getattr(attn, name)(x).unflatten(-1, (-1, Dh))
@@ -477,11 +516,14 @@ def test_keeping_every_layer_keeps_the_teacher(family):
 
 # ------------------------------------------------------------------------- hybrid model and cache
 
-@pytest.mark.parametrize("kept", [[], [2], [0, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize(
+    "mixer,kept", [(name, [2]) for name in hd.MIXERS]
+    + [("gdn", kept) for kept in ([], [0, 3], [0, 1, 2, 3])],
+)  # fmt: skip
 @pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
-def test_cache_padding_and_generation_agree_with_the_full_forward(family, kept):
-    student, x = make_student(make_teacher(family), kept), tokens(2, 23)
+def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer, kept):
+    student, x = make_student(make_teacher(family), kept, mixer), tokens(2, 23)
     full, out = student(x).logits, student(x[:, :10], use_cache=True)
     cache, pieces = cache_of(out), [out.logits]
     for t in [*range(10, 15), 15]:  # token by token, then a second prefill
@@ -525,9 +567,11 @@ def test_caches_that_cannot_work_say_so(monkeypatch):
         write()
     write(use_cache=False)
 
+@pytest.mark.parametrize("mixer", hd.MIXERS)
+@pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
-def test_packed_sequences_are_each_alone():
-    student, x = make_student(make_teacher("qwen3"), [2]), tokens(2, 23)
+def test_packed_sequences_are_each_alone(family, mixer):
+    student, x = make_student(make_teacher(family), [2], mixer), tokens(2, 23)
     positions = torch.cat([torch.arange(9), torch.arange(14)]).expand(2, -1)
     apart = torch.cat([student(x[:, :9]).logits, student(x[:, 9:]).logits], 1)
     same(student(x, position_ids=positions, use_cache=False).logits, apart)
@@ -750,6 +794,9 @@ def train_toy(folder=None, until=None, seed=0):
 def test_stopped_three_times_it_ends_with_the_same_weights(tmp_path):
     _, history, net = train_toy()
     train_toy(tmp_path, until=3)
+    (tmp_path / "step-6").mkdir()  # killed while it saved: rows are there, no .metadata
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 6, "loss": 0.0, "micro_batch": 4}) + "\n")
     for until in (4, 9, None, None):  # the last one is finished: it is loaded
         begun, resumed, again = train_toy(tmp_path, until, seed=1)
     assert equal(weights(net), weights(again)) and not equal(begun, weights(again))
@@ -757,14 +804,6 @@ def test_stopped_three_times_it_ends_with_the_same_weights(tmp_path):
         clocks = {name: other[name] for name in ("seconds", "peak_bytes")}
         assert {**row, **clocks} == other
     assert [f.name for f in tmp_path.glob("step-*")] == ["step-12"]
-
-def test_an_unfinished_save_is_not_read(tmp_path):
-    _, _, net = train_toy(tmp_path, until=2)
-    (tmp_path / "step-3").mkdir()  # killed while it saved: rows are there, no .metadata
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 3, "loss": 0.0, "micro_batch": 4}) + "\n")
-    _, history, again = train_toy(tmp_path, until=2, seed=5)
-    assert [row["step"] for row in history] == [1, 2] and equal(weights(net), weights(again))
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(tmp_path):
     model, seen = torch.nn.Linear(2, 1), []
@@ -798,17 +837,20 @@ def planted(layers):
 HELD_OUT = {"text": [tokens(8, 16, seed=99)]}
 ALONE = {i: [i] for i in range(4)}
 
-def measured(how, teacher, what, **options):
-    """Select or score the layers of a fresh student, which must stay as it is."""
+def select_by(teacher, name, k=1, held_out=HELD_OUT, steps=4, **more):
+    """Select layers for a fresh student, which must stay as it is, like the teacher."""
     student = make_student(teacher)
-    before = weights(student)
-    found = how(student, teacher, batches, HELD_OUT, what, 4, evaluate_every=1, **options)
-    assert equal(before, weights(student))
+    before = weights(student), weights(teacher)
+    history = hd.align_hidden_states(make_student(teacher), teacher, batches, 4)
+    args = student, teacher, batches, held_out, k, steps, name, history
+    found = hd.select_layers(*args, **{"evaluate_every": 2, **more})
+    assert equal(before[0], weights(student)) and equal(before[1], weights(teacher))
+    assert not any(m._forward_hooks for m in teacher.modules())
     return found
 
 @pytest.mark.parametrize("strategy", ["ga-s2", "greedy"])
 def test_selection_finds_planted_layers(strategy):
-    found = measured(hd.select_layers, planted([1, 3]), 2, strategy=strategy)
+    found = select_by(planted([1, 3]), strategy, 2, evaluate_every=1)
     assert set(found.chosen) == {1, 3} == set(found.ranking[:2])
     assert sorted(found.ranking) == [0, 1, 2, 3]
     assert [point["step"] for point in found.rounds[0]["curves"][0]] == [0, 1, 2, 3, 4]
@@ -819,7 +861,9 @@ def test_selection_finds_planted_layers(strategy):
 
 def test_candidates_in_groups_and_in_turn_score_as_all_at_once(tmp_path):
     teacher = planted([1])
-    score = functools.partial(measured, hd.score_layers, teacher, ALONE, lr=1e-3, rest_lr=1e-4)
+    student, how = make_student(teacher), dict(evaluate_every=1, lr=1e-3, rest_lr=1e-4)
+    args, before = (student, teacher, batches, HELD_OUT, ALONE, 4), weights(student)
+    score = functools.partial(hd.score_layers, *args, **how)
     scores = [score(at_once=n) for n in (4, 3, 1)]
     assert scores[0] == scores[1] == scores[2] and list(scores[0]) == [0, 1, 2, 3]
     hybrid = hd.restore_attention(make_student(teacher), teacher, [2])
@@ -827,7 +871,96 @@ def test_candidates_in_groups_and_in_turn_score_as_all_at_once(tmp_path):
     assert scores[0][2][0] == {"step": 0, "kl": kl, "kl_text": kl}
     kept = lambda sets: hd.Checkpoint(tmp_path / str(sets), keep=False)
     early = score(at_once=2, early_stop=2, checkpoint=kept)
+    assert equal(before, weights(student))
     assert early == {i: curve[:3] for i, curve in scores[0].items()}  # settled at step 2 of 4
+
+# (steps of 64 tokens: 4 for each layer, 100 for gates; looks at a whole model)
+COSTS = {"ga-s2": (16, 0), "gr-s2": (16, 0), "avg-s2": (32, 0), "greedy": (16, 0)}
+COSTS |= {"gates": (100, 0), "gates+ga-s2": (108, 0), "ga-s1": (0, 0)}
+COSTS |= {"mse": (0, 5), "ppl": (0, 5), "zero-shot": (0, 4)}
+
+@pytest.mark.parametrize("name", [name for name in hd.SELECTORS if name not in ("smart", "ar")])
+def test_every_selector_finds_the_planted_layer(name):
+    found = select_by(planted([2]), name)
+    assert found.chosen == [2] and sorted(found.ranking) == [0, 1, 2, 3] == sorted(found.importance)
+    assert (found.tokens / 64, found.evaluations) == COSTS[name]
+
+def test_ar_asks_the_teacher_without_a_layer():
+    teacher = planted([2])
+    x = tokens(2, 9)
+    whole = teacher(x).logits
+    found = select_by(teacher, "ar", recall=lambda m: float(torch.equal(m(x).logits, whole)))
+    assert found.importance == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0} and found.chosen == [2]
+    with pytest.raises(hd.UserError, match="ar needs a measure of recall"):
+        select_by(teacher, "ar")
+    with pytest.raises(hd.UserError, match="words of one token to ask for: this one has 0"):
+        hd.TokenCorpus(np.arange(99), 9, 0, hd.byte_tokenizer()).words()
+
+def test_smart_spreads_the_most_sensitive_layers(monkeypatch):
+    best = [0.0, 9, 1, 1, 5, 1, 1, 9, 0]
+    monkeypatch.setattr(hd, "zero_shot", lambda x: dict(enumerate(best)))
+    total = lambda layers: sum(best[i] for i in layers)
+    for k, wanted in ((2, [0, 8]), (3, [0, 4, 8]), (4, [0, 1, 4, 8]), (5, [0, 1, 4, 7, 8])):
+        x = hd.Scoring(k=k, layers=range(9), ranking=[])
+        hd.smart(x)
+        path = sorted(x.ranking[:k])
+        assert path == wanted or total(path) == total(wanted)
+        low, high = max(1, 8 // (k - 1) - 1), -(-8 // (k - 1)) + 1
+        every = [(0, *between, 8) for between in itertools.combinations(range(1, 8), k - 2)]
+        every = [p for p in every if all(low <= b - a <= high for a, b in zip(p, p[1:]))]
+        assert tuple(path) in every and total(path) == max(map(total, every))
+        assert sorted(x.ranking) == list(range(9))
+
+def test_removal_scores_the_complement_and_what_is_shared_is_made_once(monkeypatch):
+    seen, real, made = [], hd.score_layers, {}
+
+    def spy(student, teacher, batches, held_out, sets, steps, **how):
+        seen.append((sets, steps))
+        return real(student, teacher, batches, held_out, sets, steps, **how)
+
+    monkeypatch.setattr(hd, "score_layers", spy)
+    teacher = planted([2])
+    ga = select_by(teacher, "ga-s2", made=made)
+    gr = select_by(teacher, "gr-s2", made=made)
+    others = {i: [j for j in range(4) if j != i] for i in range(4)}
+    assert seen == [(ALONE, 4), (others, 4)]
+    assert all(gr.importance[i] == gr.rounds[0]["curves"][i][-1]["kl"] for i in range(4))
+    avg, zero, smart = (select_by(teacher, n, made=made) for n in ("avg-s2", "zero-shot", "smart"))
+    assert len(seen) == 2 and avg.tokens == ga.tokens + gr.tokens  # as if alone
+    assert zero.importance == {i: -ga.rounds[0]["curves"][i][0]["kl"] for i in range(4)}
+    assert select_by(teacher, "zero-shot").importance == zero.importance  # alone, the same
+    assert seen[2:] == [(ALONE, 0)]
+    more = [select_by(teacher, n, steps=4, made=made) for n in ("gates+ga-s2", "greedy")]
+    assert len(seen) == 3 and more[1].importance == ga.importance  # they score ga-s2's candidates
+    select_by(teacher, "zero-shot", made=(first := {}))
+    assert select_by(teacher, "ga-s2", made=first).importance == ga.importance  # step 0 is no score
+
+def test_scores_look_at_the_validation_part_alone(monkeypatch):
+    """What evaluates is given held_out; what trains is given batches."""
+    teacher, marked = planted([2]), {"text": [torch.full((2, 16), 7)]}
+    scored, real = [], hd.last_hidden
+
+    def spy(model, x):
+        scored.extend(() if model.training else [x])
+        return real(model, x)
+
+    monkeypatch.setattr(hd, "last_hidden", spy)
+    for name in ("mse", "ppl", "zero-shot", "smart"):
+        scored.clear()
+        student = make_student(teacher)
+        hd.select_layers(student, teacher, lambda step: 1 / 0, marked, 1, 4, name)
+        assert scored and all((x == 7).all() for x in scored), name
+    parts, held_out_kl = [], hd.held_out_kl
+    monkeypatch.setattr(hd, "held_out_kl", lambda m, t, h: parts.append(h) or held_out_kl(m, t, h))
+    select_by(teacher, "avg-s2", held_out=marked)
+    assert parts and all(part is marked for part in parts)
+
+def test_an_early_end_of_removal_watches_the_layers_that_stay(tmp_path, monkeypatch):
+    watched, real = [], hd.settled
+    monkeypatch.setattr(hd, "settled", lambda c, n, k: watched.append(k) or real(c, n, k))
+    save = lambda sets, early: hd.Checkpoint(tmp_path / hd.key([sets, early]), keep=False)
+    found = [select_by(planted([2]), "gr-s2", k=1, early_stop=1, checkpoint=save) for _ in range(2)]
+    assert set(watched) == {3} and found[0] == found[1] and found[0].chosen == [2]
 
 def test_what_has_settled():
     curve = lambda *kls: [{"step": i, "kl": kl} for i, kl in enumerate(kls)]
@@ -864,6 +997,50 @@ def test_rules_and_published_selections():
     assert len(set(map(tuple, draws))) == 6 and draws[0] == place("random", 28, 7, 0)
     assert place("published", 28, 7, 0, "meta/Llama-3.2-3B-Instruct/") == [14, 8, 5, 12, 15, 13, 2]
 
+PAPER_RANKINGS = """
+Llama-3.2-3B-Instruct | gdn | ar | 0 16 11 14 7 5 9 13 2 12 1 8 27 26
+Llama-3.2-3B-Instruct | gdn | ar_multihop | 0 13 12 16 11 7 23 14 10 5 21 25 9 8
+Llama-3.2-3B-Instruct | gdn | ga_s2 | 14 8 5 12 15 13 2 26 24 16 17 18 21 10
+Llama-3.2-3B-Instruct | gdn | mse | 0 1 27 24 25 2 26 4 15 23 19 21 3 18
+Llama-3.2-3B-Instruct | gdn | ppl | 0 1 27 2 24 3 26 25 4 14 15 19 16 5
+Llama-3.2-3B-Instruct | gla | gla_v1_ranking | 14 8 12 5 16 15 13 2 24 17 18 26 21 10
+Qwen2.5-1.5B-Instruct | gdn | ar | 0 16 13 22 1 14 18 15 27
+Qwen2.5-1.5B-Instruct | gdn | ar_multihop | 0 16 20 11 13 22 12 27 15
+Qwen2.5-1.5B-Instruct | gdn | ga_s2 | 8 12 14 19 20 23 24 26 27
+Qwen2.5-1.5B-Instruct | gdn | mse | 0 27 1 2 3 26 4 21 24
+Qwen2.5-1.5B-Instruct | gdn | ppl | 0 1 27 25 26 21 2 22 24
+Qwen2.5-3B-Instruct | gdn | ar | 0 1 27 18 20 25 24 26 21 8 12 19 23 7 35 17 33 22
+Qwen2.5-3B-Instruct | gdn | ar_multihop | 0 1 27 21 26 16 20 5 23 24 18 6 13 3 9 22 8 17
+Qwen2.5-3B-Instruct | gdn | ga_s2 | 20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13
+Qwen2.5-3B-Instruct | gdn | mse | 0 1 35 34 31 33 32 30 8 12 27 3 4 2 6 5 28 10
+Qwen2.5-3B-Instruct | gdn | ppl | 0 1 35 34 32 31 33 30 27 12 6 5 9 8 29 2 4 7
+Qwen2.5-3B-Instruct | gla | gla_v1_ranking | 33 32 20 25 31 21 22 30 27 17 5 19 26 7 29 28 3 15
+Qwen2.5-7B-Instruct | gdn | ar | 0 6 27 15 16 22 1 13 14
+Qwen2.5-7B-Instruct | gdn | ar_multihop | 0 27 10 6 14 16 13 22 5
+Qwen2.5-7B-Instruct | gdn | ga_s2 | 14 22 16 17 5 23 26 8 15
+Qwen2.5-7B-Instruct | gdn | mse | 0 27 3 26 4 9 24 23 25
+Qwen2.5-7B-Instruct | gdn | ppl | 0 27 3 26 23 25 24 9 6
+"""
+
+def test_published_rankings_of_every_score():
+    rows = [line.split(" | ") for line in PAPER_RANKINGS.strip().splitlines()]
+    assert len(rows) == len(hd.PUBLISHED)
+    for teacher, mixer, score, layers in rows:
+        layers = [int(i) for i in layers.split()]
+        L = 36 if teacher.startswith("Qwen2.5-3B") else 28
+        rule = {"ga_s2": "published", "gla_v1_ranking": "published:gla"}
+        rule = rule.get(score, f"published:{score}")
+        found = hd.place_layers(rule, L, len(layers), 0, f"somewhere/{teacher}")
+        if (teacher, score) == ("Qwen2.5-1.5B-Instruct", "ga_s2"):
+            assert sorted(found) == layers  # a set
+        else:
+            assert found == layers
+            if rule != "published":
+                assert hd.place_layers(rule, L, 3, 0, teacher) == layers[:3]
+    for rule, k in (("published", 8), ("published:ar", 10)):
+        with pytest.raises(hd.UserError, match=f"no selection of {k} layers is published .* by"):
+            hd.place_layers(rule, 28, k, 0, "Qwen2.5-1.5B-Instruct")
+
 def transfer(*args, **how):
     return hd.transfer_attention(make_teacher(), *args, **how)
 
@@ -887,7 +1064,8 @@ def select(*args, kept=()):
     ("one of ga-s1, ga-s2", lambda: select(1, 1, "best")),
     ("without softmax layers", lambda: select(1, 1, kept=[1])),
     ("all-linear", lambda: hd.restore_attention(transfer([1]), make_teacher(), [2])),
-    ("give a checkpoint", lambda: measured(hd.score_layers, make_teacher(), ALONE, early_stop=2)),
+    ("give a checkpoint",
+     lambda: hd.score_layers(transfer(), make_teacher(), [], HELD_OUT, ALONE, 4, early_stop=2)),
     ("train part has 8 tokens, too few for a sequence of 16",
      lambda: hd.TokenCorpus(np.arange(200), 96, 0).batches("distill", hd.Budget(64, 16, 2, 1))),
 ])  # fmt: skip
@@ -896,44 +1074,41 @@ def test_a_wrong_call_gets_one_sentence(sentence, call):
         call()
 
 TEXTS = [" ".join(str(1000 * i + j) for j in range(4 + i % 7)) for i in range(60)]
-TINY = dict(align_tokens=64, align_length=16, align_batch=2, select_tokens=64, select_length=16,
-            select_batch=2, distill_tokens=64, distill_length=16, distill_batch=2,
-            finetune_tokens=64, finetune_length=32, finetune_batch=2, held_out=80)  # fmt: skip
-
-def save_teacher(folder, family="llama"):
-    make_teacher(family).save_pretrained(folder / "teacher")
-    hd.byte_tokenizer().save_pretrained(folder / "teacher")
-    np.save(folder / "ids.npy", tokens(6000).numpy())
+TINY = """--align-tokens 64 --align-length 16 --align-batch 2 --softmax-layers 1
+    --select-tokens 64 --select-length 16 --select-batch 2 --baselines all-linear,first
+    --distill-tokens 64 --distill-length 16 --distill-batch 2 --held-out 20
+    --finetune-tokens 64 --finetune-length 32 --finetune-batch 2""".split()
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, request):
     """With a teacher and its data, for runs of `arguments`."""
-    save_teacher(tmp_path)
+    make_teacher(getattr(request, "param", "llama")).save_pretrained(tmp_path / "teacher")
+    hd.byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    np.save(tmp_path / "ids.npy", tokens(6000).numpy())
     return tmp_path
 
 def arguments(folder, *more):
-    args = [x for name, size in TINY.items() for x in (f"--{name.replace('_', '-')}", size)]
-    args += ["--teacher", folder / "teacher", "--data", folder / "ids.npy", "--out", folder / "run"]
-    args += ["--softmax-layers", 1, "--baselines", "all-linear,first", *more]
-    return [str(x) for x in args]
+    args = ["--teacher", folder / "teacher", "--data", folder / "ids.npy", "--out", folder / "run"]
+    return [str(x) for x in (*TINY, *args, *more)]
 
 def report(folder):
     return json.loads((folder / "report.json").read_text())
 
-SAVE = {
-    "txt": lambda rows, to: [(to / f"{n}.txt").write_text(text) for n, text in enumerate(TEXTS)],
-    "jsonl": lambda rows, to: rows.to_json(to / "a.jsonl"),
-    "parquet": lambda rows, to: rows.to_parquet(to / "a.parquet"),
-    "saved": lambda rows, to: rows.save_to_disk(to),
-    "splits": lambda rows, to: datasets.DatasetDict(train=rows, test=rows).save_to_disk(to),
-}
-
-@pytest.mark.skipif(datasets is None, reason="no datasets")
-@pytest.mark.parametrize("kind", SAVE)
-def test_every_kind_of_data_gives_the_same_documents(kind, tmp_path):
-    (tmp_path / "data").mkdir()
-    SAVE[kind](datasets.Dataset.from_dict({"text": TEXTS}), tmp_path / "data")
-    s = hd.parse(arguments(tmp_path, "--data", tmp_path / "data"))
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "saved", "splits"])
+def test_every_kind_of_data_gives_the_same_documents(kind, tmp_path, monkeypatch):
+    datasets, data = pytest.importorskip("datasets"), tmp_path / "data"  # .npy does not need it
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    data.mkdir()
+    if kind == "txt":
+        for n, text in enumerate(TEXTS):
+            (data / f"{n}.txt").write_text(text)
+    elif kind in ("jsonl", "parquet"):
+        {"jsonl": rows.to_json, "parquet": rows.to_parquet}[kind](data / f"a.{kind}")
+    else:
+        splits = datasets.DatasetDict(train=rows, test=rows)
+        (splits if kind == "splits" else rows).save_to_disk(data)
+    s = hd.parse(arguments(tmp_path, "--data", data, "--held-out", 80))  # all is needed
     hd.resolve(s, make_teacher())
     Path(s.out).mkdir()
     ids = np.array(hd.load_tokens(s, hd.byte_tokenizer()))
@@ -954,24 +1129,25 @@ def test_parts_are_disjoint_and_batches_a_function_of_the_step():
 
 # ------------------------------------------------------------------------------------ a whole run
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_run_gives_every_row_the_same_training(family, tmp_path, monkeypatch):
-    save_teacher(tmp_path, family)
-    calls, held_out, steps = spy_on_train(monkeypatch), [], []
+@pytest.mark.parametrize("folder,held_out", [("llama", 33), ("qwen3", 20)], indirect=["folder"])
+def test_a_run_gives_every_row_the_same_training(folder, held_out, monkeypatch):
+    calls, validation, steps = spy_on_train(monkeypatch), [], []
     select, back_propagate = hd.select_layers, hd.back_propagate
 
     def spy_on_select(student, teacher, batches, held, *args, **how):
-        held_out.extend(held["text"])
+        validation.extend(held["text"])
         return select(student, teacher, batches, held, *args, **how)
 
     monkeypatch.setattr(hd, "select_layers", spy_on_select)
-    together = ("--candidates-at-once", 4)
-    assert hd.main(arguments(tmp_path, *together)) == 0
-    rows = report(tmp_path / "run")["rows"]
+    together = ("--candidates-at-once", 4, "--held-out", held_out)
+    assert hd.main(arguments(folder, *together)) == 0
+    rows = report(folder / "run")["rows"]
     assert [row["name"] for row in rows] == ["teacher", "kl-guided", "all-linear", "first"]
     keys = {"name", "softmax_layers", "kl", "kl_text", "perplexity", "recall", "cache_bytes"}
     assert all(keys <= set(row) for row in rows) and rows[0]["kl"] == 0
-    assert torch.equal(torch.cat(held_out).flatten(), tokens(6000)[:1280])  # validation, not test
+    needles = {"1 in 512", "4 in 512"} if held_out == 33 else set()  # 528 tokens hold them
+    assert all(set(row["needles"]) == needles for row in rows)
+    assert torch.equal(torch.cat(validation).flatten(), tokens(6000)[: 16 * held_out])
     stages = [call[3:] for call in calls if len(call[0]) == 1][1:]  # without stage 1
     assert len(stages) >= 4  # 6, but a baseline that is the selection's own set trains once
     assert [steps for _, steps in stages] == [2, 1] * (len(stages) // 2)
@@ -981,7 +1157,7 @@ def test_a_run_gives_every_row_the_same_training(family, tmp_path, monkeypatch):
     spy = lambda *args: steps.append(0) or back_propagate(*args)
     monkeypatch.setattr(hd, "back_propagate", spy)
     more = ("--softmax-layers", "2", "--baselines", "last", "--finetune-lr", "1e-6")
-    assert hd.main(arguments(tmp_path, *together, *more)) == 0 and len(steps) == 2 * (2 + 1)
+    assert hd.main(arguments(folder, *together, *more)) == 0 and len(steps) == 2 * (2 + 1)
 
 def test_iterated_selection_is_the_same_one_candidate_at_a_time(folder):
     """Each round scores the same layers beside others: no round may read another one's scores."""
@@ -995,26 +1171,35 @@ def test_iterated_selection_is_the_same_one_candidate_at_a_time(folder):
     layer = str(found[0]["chosen"][2])
     assert rounds[0][layer] != rounds[1][layer] != rounds[2][layer]
 
-def test_stopped_again_and_again_a_run_ends_with_the_same_numbers(folder):
-    assert hd.main(arguments(folder, "--out", folder / "calm")) == 0
-    command = [sys.executable, HERE / "hybrid_distill.py", *arguments(folder)]
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    saved = ("align-*/metrics.jsonl", "select-*/metrics.jsonl", "distill-*/step-*/.metadata")
-    for sign in (".lock", *saved):
-        process, deadline = subprocess.Popen(command, **pipes), time.monotonic() + 120
-        while not list((folder / "run").glob(sign)) and time.monotonic() < deadline:
-            assert process.poll() in (None, 0)
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT if sign == ".lock" else signal.SIGKILL)
-        error = process.communicate()[1]
-        if sign == ".lock":
-            assert process.returncode == 130 and "the same command goes on" in error, error
-    assert hd.main(arguments(folder)) == 0
-    calm, run = report(folder / "calm"), report(folder / "run")
-    assert run["rows"] == calm["rows"] and run["selection"] == calm["selection"]
-    assert equal(*(weights(load(folder / name / "student")) for name in ("calm", "run")))
+def test_one_command_compares_selectors(folder):
+    names = "ga-s1,avg-s2,gates+ga-s2,mse,smart,gates,first"
+    assert hd.main(arguments(folder, "--baselines", names)) == 0
+    rows = {row["name"]: row for row in report(folder / "run")["rows"]}
+    assert list(rows) == ["teacher", "kl-guided", *names.split(",")]
+    cost = lambda name: (rows[name]["selection_tokens"], rows[name]["selection_evaluations"])
+    assert cost("kl-guided") == (4 * 64, 0) and cost("avg-s2") == (8 * 64, 0)
+    assert cost("gates") == (100 * 32, 0)  # steps, and tokens of one
+    assert cost("gates+ga-s2") == (100 * 32 + 2 * 64, 0)
+    assert cost("mse") == (0, 5) and cost("smart") == (0, 4) and cost("first") == cost("ga-s1")
+    assert "| selector | kl-guided | ga-s1 |" in (folder / "run" / "report.md").read_text()
+    done = {file: file.read_text() for file in (folder / "run").glob("*/metrics.jsonl")}
+    assert hd.main(arguments(folder, "--select", "gr-s2", "--baselines", "gates,ga-s2")) == 0
+    assert done == {f: f.read_text() for f in (folder / "run").glob("*/metrics.jsonl")}
+
+def test_a_gla_student_is_trained_saved_and_loaded(folder):
+    assert hd.main(arguments(folder, "--mixer", "gla")) == 0
+    found, student = report(folder / "run"), load(folder / "run" / "student")
+    names = [row["name"] for row in found["rows"]]
+    assert names == ["teacher", "kl-guided", "all-linear", "first"]
+    linear = student.model.layers[found["selection"]["ranking"][-1]].self_attn
+    assert type(linear).__name__ == "GatedLinearAttention"
+    again = hd.HYBRIDS[LlamaForCausalLM].from_pretrained(folder / "run" / "student")
+    how = dict(max_new_tokens=12, **GREEDY)
+    written = [m.eval().generate(tokens(1, 9), **how).tolist() for m in (student, again)]
+    assert written[0] == written[1] and equal(weights(student), weights(again))
 
 WRONG = [
+    ([], "is in use by another process"),
     (["--softmax-layers", "5"], "--softmax-layers must be within 1..4"),
     (["--select", "best"], "--select must be ga-s1, ga-s2, gr-s2"),
     (["--select", "9"], "softmax layers must be distinct and within 0..3"),
@@ -1030,28 +1215,24 @@ WRONG = [
     (["--mixer", "mamba"], "the mixer must be one of gdn"),
     (["--held-out", "5000"], "part has"),
     (["--teacher", "nowhere"], "cannot use --teacher nowhere"),
+    (["--baselines", "ar"], "ar needs a tokenizer with words"),
     *[(["--data", f"wrong-{n}.npy"], "must be a row of token ids, integers below 384")
       for n in range(4)],
 ]  # fmt: skip
 NO_TOKENS = [np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1)]
 
-def refusal(folder, capsys, *more):
-    """What a run that is refused says."""
-    assert hd.main(arguments(folder, *more)) == 1
-    return capsys.readouterr().err.strip().split("error: ")[-1]
-
 @pytest.mark.parametrize("more,sentence", WRONG, ids=lambda value: str(value)[:24])
-def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypatch):
+def test_wrong_input_gets_one_sentence_before_anything_trains(
+    more, sentence, folder, capsys, monkeypatch
+):
     monkeypatch.chdir(folder)
     for n, ids in enumerate(NO_TOKENS):
         np.save(f"wrong-{n}.npy", ids)
-    error = refusal(folder, capsys, *more)
-    assert sentence in error and "\n" not in error, error
-
-def test_a_second_process_in_the_folder_is_refused(folder, capsys):
-    (folder / "run").mkdir()
-    with filelock.FileLock(folder / "run" / ".lock"):
-        assert "is in use by another process" in refusal(folder, capsys)
+    Path("run").mkdir()
+    with contextlib.nullcontext() if more else filelock.FileLock("run/.lock"):
+        assert hd.main(arguments(folder, *more)) == 1
+    error = capsys.readouterr().err.strip().split("error: ")[-1]
+    assert sentence in error and "\n" not in error and not list(folder.glob("run/align-*")), error
 
 def test_a_bug_in_a_mixer_keeps_its_traceback(folder, monkeypatch):
     monkeypatch.setattr(hd.GatedDeltaNet, "forward", lambda self, x, **others: (None, *x.shape)[5])
@@ -1131,6 +1312,7 @@ def test_pipeline_writes_what_generate_writes(saved_student):
 
 def test_compiled_in_one_graph(saved_student):
     model, x = load(saved_student), tokens(2, 20)
+    del model.model.layers[2:]  # one of each kind is left
     compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
     plain = model.model(input_ids=x, use_cache=False).last_hidden_state
     same(compiled(input_ids=x, use_cache=False).last_hidden_state, plain)
@@ -1172,14 +1354,12 @@ def test_needle_prompts_hold_their_answer():
         assert prompt.count("special magic number") == 4 + 2
 
 def test_recall_counts_whole_answers():
-    class Copy:  # writes the first of two answer tokens right, the second for every other prompt
-        device = "cpu"
+    def generate(tokens, **how):  # the first token right, the second for every other prompt
+        second = tokens[:, 1:2] * (torch.arange(len(tokens)) % 2)[:, None]
+        return torch.cat([tokens, tokens[:, :1], second], 1)
 
-        def generate(self, tokens, **how):
-            second = tokens[:, 1:2] * (torch.arange(len(tokens)) % 2)[:, None]
-            return torch.cat([tokens, tokens[:, :1], second], 1)
-    prompts = tokens(8, 5)
-    assert hd.recall_accuracy(Copy(), prompts, prompts[:, :2]) == 0.5
+    model, prompts = types.SimpleNamespace(device="cpu", generate=generate), tokens(8, 5)
+    assert hd.recall_accuracy(model, prompts, prompts[:, :2]) == 0.5
 
 def test_readme_links_stand_on_their_lines():
     lines = (HERE / "hybrid_distill.py").read_text().splitlines()
@@ -1188,302 +1368,105 @@ def test_readme_links_stand_on_their_lines():
     for number, name in rows:
         assert re.match(rf"(def|class) {name}\b", lines[int(number) - 1]), (number, name)
 
-# ------------------------------------------------------- every selector, gated linear attention
+# ---------------------------------------------------------------------- processes of their own
 
-KEPT_BY = [name for name in hd.SELECTORS if name not in ("smart", "ar")]
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported it all
+FORKS.set_forkserver_preload(["hybrid_distill"])
+THREE_STEPS = [f"--{name}-tokens=96" for name in ("align", "select", "distill")]
+THREE_STEPS += ["--finetune-tokens=192"]
 
-def select_by(teacher, name, k=1, held_out=HELD_OUT, steps=4, **more):
-    student, batches = make_student(teacher), lambda step: tokens(4, 16, seed=step)
-    before = weights(student), weights(teacher)
-    history = hd.align_hidden_states(make_student(teacher), teacher, batches, 4)
-    args = student, teacher, batches, held_out, k, steps, name, history
-    found = hd.select_layers(*args, evaluate_every=2, **more)
-    assert equal(before[0], weights(student)) and equal(before[1], weights(teacher))
-    assert not any(m._forward_hooks for m in teacher.modules())
+def forked(args, errors, **torchrun):
+    """What a forked process does: a run, alone or with what torchrun tells its processes."""
+    os.environ.update(torchrun)
+    torch.set_num_threads(1)
+    sys.stderr = open(errors, "a", buffering=1)
+    sys.exit(hd.main(args))
+
+def start(args, errors, world=1):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        how = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    how |= dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    ranks = [{**how, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    found = [FORKS.Process(target=forked, args=(args, errors), kwargs=rank) for rank in ranks]
+    for process in found:
+        process.start()
     return found
 
-@pytest.mark.parametrize("name", KEPT_BY)
-def test_every_selector_finds_the_planted_layer(name):
-    found = select_by(planted([2]), name)
-    assert found.chosen == [2] and sorted(found.ranking) == [0, 1, 2, 3] == sorted(found.importance)
-    runs = {"ga-s2": 4 * 4, "gr-s2": 4 * 4, "avg-s2": 8 * 4, "greedy": 4 * 4, "gates": 100,
-            "gates+ga-s2": 100 + 2 * 4}.get(name, 0)
-    looks = {"mse": 5, "ppl": 5, "zero-shot": 4}.get(name, 0)
-    assert (found.tokens, found.evaluations) == (runs * 64, looks)
+def finished(processes):
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
-def test_ar_asks_the_teacher_without_a_layer():
-    teacher = planted([2])
-    x = tokens(2, 9)
-    whole = teacher(x).logits
-    found = select_by(teacher, "ar", recall=lambda m: float(torch.equal(m(x).logits, whole)))
-    assert found.importance == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0} and found.chosen == [2]
-    with pytest.raises(hd.UserError, match="ar needs a measure of recall"):
-        select_by(teacher, "ar")
-    with pytest.raises(hd.UserError, match="words of one token to ask for: this one has 0"):
-        hd.TokenCorpus(np.arange(99), 9, 0, hd.byte_tokenizer()).words()
-
-def test_smart_spreads_the_most_sensitive_layers(monkeypatch):
-    best = [0.0, 9, 1, 1, 5, 1, 1, 9, 0]
-    monkeypatch.setattr(hd, "zero_shot", lambda x: dict(enumerate(best)))
-    total = lambda layers: sum(best[i] for i in layers)
-    for k, wanted in ((2, [0, 8]), (3, [0, 4, 8]), (4, [0, 1, 4, 8]), (5, [0, 1, 4, 7, 8])):
-        x = hd.Scoring(k=k, layers=range(9), ranking=[])
-        hd.smart(x)
-        path = sorted(x.ranking[:k])
-        assert path == wanted or total(path) == total(wanted)
-        low, high = max(1, 8 // (k - 1) - 1), -(-8 // (k - 1)) + 1
-        every = [p for p in itertools.combinations(range(9), k) if p[0] == 0 and p[-1] == 8
-                 and all(low <= b - a <= high for a, b in zip(p, p[1:]))]
-        assert tuple(path) in every and total(path) == max(map(total, every))
-        assert sorted(x.ranking) == list(range(9))
-
-def test_removal_scores_the_complement_and_what_is_shared_is_made_once(monkeypatch):
-    seen, real, made = [], hd.score_layers, {}
-    monkeypatch.setattr(hd, "score_layers", lambda s, t, b, h, sets, steps, **how:
-                        seen.append((sets, steps)) or real(s, t, b, h, sets, steps, **how))
-    teacher = planted([2])
-    ga = select_by(teacher, "ga-s2", made=made)
-    gr = select_by(teacher, "gr-s2", made=made)
-    assert seen == [({i: [i] for i in range(4)}, 4),
-                    ({i: [j for j in range(4) if j != i] for i in range(4)}, 4)]
-    assert all(gr.importance[i] == gr.rounds[0]["curves"][i][-1]["kl"] for i in range(4))
-    avg, zero, smart = (select_by(teacher, n, made=made) for n in ("avg-s2", "zero-shot", "smart"))
-    assert len(seen) == 2 and avg.tokens == ga.tokens + gr.tokens  # as if alone
-    assert zero.importance == {i: -ga.rounds[0]["curves"][i][0]["kl"] for i in range(4)}
-    assert select_by(teacher, "zero-shot").importance == zero.importance  # alone, the same
-    assert seen[2:] == [({i: [i] for i in range(4)}, 0)]
-    more = [select_by(teacher, n, steps=4, made=made) for n in ("gates+ga-s2", "greedy")]
-    assert len(seen) == 3 and more[1].importance == ga.importance  # they score ga-s2's candidates
-    select_by(teacher, "zero-shot", made=(first := {}))
-    assert select_by(teacher, "ga-s2", made=first).importance == ga.importance  # step 0 is no score
-
-def test_scores_look_at_the_validation_part_alone(monkeypatch):
-    """What evaluates is given held_out; what trains is given batches."""
-    teacher, marked = planted([2]), {"text": [torch.full((2, 16), 7)]}
-    scored, real = [], hd.last_hidden
-    monkeypatch.setattr(hd, "last_hidden", lambda model, x:
-                        (model.training or scored.append(x)) and None or real(model, x))
-    for name in ("mse", "ppl", "zero-shot", "smart"):
-        scored.clear()
-        student = make_student(teacher)
-        hd.select_layers(student, teacher, lambda step: 1 / 0, marked, 1, 4, name)
-        assert scored and all((x == 7).all() for x in scored), name
-    parts, held_out_kl = [], hd.held_out_kl
-    monkeypatch.setattr(hd, "held_out_kl", lambda m, t, h: parts.append(h) or held_out_kl(m, t, h))
-    select_by(teacher, "avg-s2", held_out=marked)
-    assert parts and all(part is marked for part in parts)
-
-def test_an_early_end_of_removal_watches_the_layers_that_stay(tmp_path, monkeypatch):
-    watched, real = [], hd.settled
-    monkeypatch.setattr(hd, "settled", lambda c, n, k: watched.append(k) or real(c, n, k))
-    save = lambda sets, early: hd.Checkpoint(tmp_path / hd.key([sets, early]), keep=False)
-    found = [select_by(planted([2]), "gr-s2", k=1, early_stop=1, checkpoint=save) for _ in range(2)]
-    assert set(watched) == {3} and found[0] == found[1] and found[0].chosen == [2]
-
-PAPER_RANKINGS = """
-Llama-3.2-3B-Instruct | gdn | ar | 0 16 11 14 7 5 9 13 2 12 1 8 27 26
-Llama-3.2-3B-Instruct | gdn | ar_multihop | 0 13 12 16 11 7 23 14 10 5 21 25 9 8
-Llama-3.2-3B-Instruct | gdn | ga_s2 | 14 8 5 12 15 13 2 26 24 16 17 18 21 10
-Llama-3.2-3B-Instruct | gdn | mse | 0 1 27 24 25 2 26 4 15 23 19 21 3 18
-Llama-3.2-3B-Instruct | gdn | ppl | 0 1 27 2 24 3 26 25 4 14 15 19 16 5
-Llama-3.2-3B-Instruct | gla | gla_v1_ranking | 14 8 12 5 16 15 13 2 24 17 18 26 21 10
-Qwen2.5-1.5B-Instruct | gdn | ar | 0 16 13 22 1 14 18 15 27
-Qwen2.5-1.5B-Instruct | gdn | ar_multihop | 0 16 20 11 13 22 12 27 15
-Qwen2.5-1.5B-Instruct | gdn | ga_s2 | 8 12 14 19 20 23 24 26 27
-Qwen2.5-1.5B-Instruct | gdn | mse | 0 27 1 2 3 26 4 21 24
-Qwen2.5-1.5B-Instruct | gdn | ppl | 0 1 27 25 26 21 2 22 24
-Qwen2.5-3B-Instruct | gdn | ar | 0 1 27 18 20 25 24 26 21 8 12 19 23 7 35 17 33 22
-Qwen2.5-3B-Instruct | gdn | ar_multihop | 0 1 27 21 26 16 20 5 23 24 18 6 13 3 9 22 8 17
-Qwen2.5-3B-Instruct | gdn | ga_s2 | 20 32 33 21 22 25 17 19 5 31 4 3 10 30 26 29 27 13
-Qwen2.5-3B-Instruct | gdn | mse | 0 1 35 34 31 33 32 30 8 12 27 3 4 2 6 5 28 10
-Qwen2.5-3B-Instruct | gdn | ppl | 0 1 35 34 32 31 33 30 27 12 6 5 9 8 29 2 4 7
-Qwen2.5-3B-Instruct | gla | gla_v1_ranking | 33 32 20 25 31 21 22 30 27 17 5 19 26 7 29 28 3 15
-Qwen2.5-7B-Instruct | gdn | ar | 0 6 27 15 16 22 1 13 14
-Qwen2.5-7B-Instruct | gdn | ar_multihop | 0 27 10 6 14 16 13 22 5
-Qwen2.5-7B-Instruct | gdn | ga_s2 | 14 22 16 17 5 23 26 8 15
-Qwen2.5-7B-Instruct | gdn | mse | 0 27 3 26 4 9 24 23 25
-Qwen2.5-7B-Instruct | gdn | ppl | 0 27 3 26 23 25 24 9 6
-"""
-
-def test_published_rankings_of_every_score():
-    rows = [line.split(" | ") for line in PAPER_RANKINGS.strip().splitlines()]
-    assert len(rows) == len(hd.PUBLISHED)
-    for teacher, mixer, score, layers in rows:
-        layers = [int(i) for i in layers.split()]
-        L = 36 if teacher.startswith("Qwen2.5-3B") else 28
-        rule = {"ga_s2": "published", "gla_v1_ranking": "published:gla"}
-        rule = rule.get(score, f"published:{score}")
-        found = hd.place_layers(rule, L, len(layers), 0, f"somewhere/{teacher}")
-        if (teacher, score) == ("Qwen2.5-1.5B-Instruct", "ga_s2"):
-            assert sorted(found) == layers  # a set
-        else:
-            assert found == layers
-            if rule != "published":
-                assert hd.place_layers(rule, L, 3, 0, teacher) == layers[:3]
-    for rule, k in (("published", 8), ("published:ar", 10)):
-        with pytest.raises(hd.UserError, match=f"no selection of {k} layers is published .* by"):
-            hd.place_layers(rule, 28, k, 0, "Qwen2.5-1.5B-Instruct")
-
-def test_one_command_compares_selectors(tmp_path):
-    save_teacher(tmp_path)
-    names, less = "ga-s1,avg-s2,gates+ga-s2,mse,smart,gates,first", ("--held-out", "20")
-    assert hd.main(arguments(tmp_path, *less, "--baselines", names)) == 0
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    rows = {row["name"]: row for row in report["rows"]}
-    assert list(rows) == ["teacher", "kl-guided", *names.split(",")]
-    cost = lambda name: (rows[name]["selection_tokens"], rows[name]["selection_evaluations"])
-    assert cost("kl-guided") == (4 * 64, 0) and cost("avg-s2") == (8 * 64, 0)
-    assert cost("gates") == (100 * 32, 0)  # steps, and tokens of one
-    assert cost("gates+ga-s2") == (100 * 32 + 2 * 64, 0)
-    assert cost("mse") == (0, 5) and cost("smart") == (0, 4) and cost("first") == cost("ga-s1")
-    assert "| selector | kl-guided | ga-s1 |" in (tmp_path / "run" / "report.md").read_text()
-    done = {file: file.read_text() for file in (tmp_path / "run").glob("*/metrics.jsonl")}
-    less = *less, "--select", "gr-s2"
-    assert hd.main(arguments(tmp_path, *less, "--baselines", "gates,ga-s2")) == 0
-    assert done == {f: f.read_text() for f in (tmp_path / "run").glob("*/metrics.jsonl")}
-
-def test_ar_without_words_is_refused_before_anything_trains(tmp_path, capsys):
-    save_teacher(tmp_path)
-    assert hd.main(arguments(tmp_path, "--baselines", "ar")) == 1
-    assert "ar needs a tokenizer with words" in capsys.readouterr().err
-    assert not list((tmp_path / "run").glob("align-*"))
-
-def gla_example(T, decay, dtype=torch.float32):
-    rng = torch.Generator().manual_seed(T)
-    randn = lambda *shape: torch.randn(shape, generator=rng)
-    g = -torch.rand(2, T, 3, 12, generator=rng)
-    strong = torch.rand(g.shape, generator=rng) < 0.3
-    g = 50 * g if decay == "strong" else torch.where(strong, decay, 0.1 * g)
-    x = randn(2, T, 3, 12), randn(2, T, 3, 12), randn(2, T, 3, 20), g, randn(2, 3, 12, 20)
-    return [t.to(dtype) for t in x]
-
-def gla_everything(rule, inputs):
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = rule(*inputs[:4], None, inputs[4], True)
-    rng = torch.Generator().manual_seed(1)
-    grads = [torch.randn(x.shape, generator=rng).to(x) for x in outputs]
-    return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, grads)
-
-@pytest.mark.parametrize("decay", ["strong", 0.0, -50.0, -torch.inf], ids=str)
-@pytest.mark.parametrize("T", [1, 2, 63, 65, 200])
-def test_chunked_gla_is_the_recurrence(T, decay):
-    inputs = gla_example(T, decay)
-    truth = gla_everything(kernels.recurrent_gla, [x.double() for x in inputs])
-    for found, true in zip(gla_everything(kernels.chunk_gla, inputs), truth):
-        assert torch.isfinite(found).all() and (found - true).norm() <= 1e-6 * true.norm()
-
-def test_gla_packed_padded_and_wrong_shapes():
-    q, k, v, g, S = gla_example(150, -50.0)
-    ends, row = torch.tensor([0, 3, 80, 150]), [x[:1] for x in (q, k, v, g)]
-    starts = torch.cat([S, S[:1]])
-    o, last = kernels.chunk_gla(*row, None, starts, True, ends)
-    for n, (i, j) in enumerate([(0, 3), (3, 80), (80, 150)]):
-        part = kernels.chunk_gla(*(x[:, i:j] for x in row), None, starts[n : n + 1], True)
-        assert torch.equal(o[:, i:j], part[0]) and torch.equal(last[n], part[1][0])
-    k[:, 90:], v[:, 90:], g[:, 90:] = 0, 0, 0  # padding leaves the state alone
-    same(kernels.chunk_gla(q, k, v, g, None, S, True)[1],
-         kernels.chunk_gla(*(x[:, :90] for x in (q, k, v, g)), None, S, True)[1])
-    with pytest.raises(ValueError, match="q, k and g must be"):
-        kernels.chunk_gla(q, k, v, g[..., 0])
-    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 150"):
-        kernels.chunk_gla(*row, cu_seqlens=torch.tensor([0, 3]))
-
-@pytest.mark.parametrize("family", CONFIGS)
-@torch.no_grad()
-def test_gla_caches_pads_and_packs_as_the_full_forward(family):
-    teacher = make_teacher(family)
-    torch.manual_seed(1)
-    student, x = hd.transfer_attention(teacher, [2], "gla"), tokens(2, 24)
-    attn, mixer = (m.model.layers[1].self_attn for m in (teacher, student))
-    h = torch.randn(2, 5, 32)
-    theirs = attn.v_proj(h).unflatten(-1, (-1, attn.head_dim))
-    theirs = theirs.repeat_interleave(mixer.num_heads // theirs.shape[2], dim=2)
-    same(mixer.v_proj(h).unflatten(-1, (-1, attn.head_dim)), theirs, 1e-6)
-    whole, mask = student(x).logits, torch.ones(2, 24, dtype=torch.long)
-    cache, parts = DynamicCache(), []
-    for i, j in ((0, 10), (10, 11), (11, 24)):
-        parts.append(student(x[:, i:j], **{CACHE: cache}, use_cache=True).logits)
-    same(torch.cat(parts, 1), whole)
-    mask[0, :6] = 0
-    left = student(torch.cat([tokens(1, 6, seed=9), x[:1, :18]], 1), attention_mask=mask[:1])
-    same(left.logits[:, 6:], student(x[:1, :18]).logits)
-    positions = torch.cat([torch.arange(9), torch.arange(15)])[None]
-    packed = student(x, position_ids=positions, use_cache=False).logits
-    same(packed, torch.cat([student(x[:, :9]).logits, student(x[:, 9:]).logits], 1))
-
-def test_a_gla_student_is_trained_saved_and_loaded(tmp_path):
-    save_teacher(tmp_path)
-    assert hd.main(arguments(tmp_path, "--mixer", "gla", "--held-out", "20")) == 0
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    names = [row["name"] for row in report["rows"]]
-    assert names == ["teacher", "kl-guided", "all-linear", "first"]
-    student = load(tmp_path / "run" / "student")
-    assert type(student.model.layers[report["selection"]["ranking"][-1]].self_attn).__name__ == \
-        "GatedLinearAttention"
-    again = hd.HYBRIDS[LlamaForCausalLM].from_pretrained(tmp_path / "run" / "student")
-    written = [m.eval().generate(tokens(1, 9), max_new_tokens=12, **GREEDY).tolist()
-               for m in (student, again)]
-    assert written[0] == written[1] and equal(weights(student), weights(again))
-
-# ----------------------------------------------------------------------------------------- torchrun
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-def start(args, launcher=()):
-    """A run in processes of its own, which `killed_at` or communicate() ends."""
-    command = [sys.executable, *launcher, HERE / "hybrid_distill.py", *args]
-    how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, **how, env=env, start_new_session=True)
-
-def killed_at(process, run, sign):
-    """Kill it and all that it started when a file like `sign` is in the run folder."""
+def wait_for(run, sign, alive):
     deadline = time.monotonic() + 120
     while not list(run.glob(sign)) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
+        assert alive()
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
 
-def finished(process):
-    error = process.communicate()[1]
-    assert process.returncode == 0, error
+def killed_at(processes, run, sign):
+    """Kill them as soon as a file like `sign` is in the run folder; done before that is fine."""
+    wait_for(run, sign, lambda: all(process.exitcode in (None, 0) for process in processes))
+    for process in processes:
+        process.kill()
+    finished(processes)
+
+def command(args, *launcher):
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, *launcher, HERE / "hybrid_distill.py", *args]
+    return subprocess.Popen(line, **pipes, env=env)
 
 def same_run(calm, run):
-    rows = [report(folder)["rows"] for folder in (calm, run)]
-    for one, two in zip(*rows, strict=True):
+    found = [report(folder) for folder in (calm, run)]
+    for one, two in zip(*(x["rows"] for x in found), strict=True):
         assert one["softmax_layers"] == two["softmax_layers"]
         assert one["kl"] == pytest.approx(two["kl"], rel=1e-4, abs=1e-6)
+    one, two = (x["selection"] for x in found)
+    steps = [[len(c) for c in x["rounds"][0]["curves"].values()] for x in (one, two)]
+    assert steps[0] == steps[1] and one["ranking"] == two["ranking"]
     ours, theirs = (weights(load(folder / "student")) for folder in (calm, run))
     for name, weight in ours.items():
         assert (weight - theirs[name]).norm() <= 1e-6 * weight.norm(), name
 
-THREE_STEPS = [x for stage, tokens in (("align", 96), ("select", 96), ("distill", 96),
-                                       ("finetune", 192)) for x in (f"--{stage}-tokens", tokens)]
+def test_stopped_again_and_again_a_run_ends_with_the_same_numbers(folder):
+    assert hd.main(arguments(folder, "--out", folder / "calm")) == 0
+    process = command(arguments(folder))
+    wait_for(folder / "run", ".lock", lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and "the same command goes on" in error, error
+    for sign in ("align-*/metrics.jsonl", "select-*/metrics.jsonl", "distill-*/step-*/.metadata"):
+        killed_at(start(arguments(folder), folder / "errors"), folder / "run", sign)
+    assert hd.main(arguments(folder)) == 0
+    calm, run = report(folder / "calm"), report(folder / "run")
+    assert run["rows"] == calm["rows"] and run["selection"] == calm["selection"]
+    assert equal(*(weights(load(folder / name / "student")) for name in ("calm", "run")))
 
 def test_two_processes_train_what_one_does_killed_or_not(folder):
-    args = [str(x) for x in arguments(folder, *THREE_STEPS)]
+    args, errors = arguments(folder, *THREE_STEPS), folder / "errors"
     assert hd.main([*args, "--out", str(folder / "calm")]) == 0
-    killed_at(start(args, TORCHRUN), folder / "run", "select-*/metrics.jsonl")
-    killed_at(start(args), folder / "run", "distill-*")
-    finished(start(args, TORCHRUN))
-    same_run(folder / "calm", folder / "run")
-
-def test_a_student_cut_over_two_processes_is_the_same_and_errors_are_said_once(folder):
-    args = [str(x) for x in arguments(folder, *THREE_STEPS, "--baselines", "none")]
-    assert hd.main([*args, "--out", str(folder / "calm")]) == 0
-    finished(start([*args, "--shard"], TORCHRUN))
-    same_run(folder / "calm", folder / "run")
-    process = start([*args, "--select", "9"], TORCHRUN)
+    killed_at(start(args, errors, 2), folder / "run", "select-*/metrics.jsonl")
+    killed_at(start(args, errors), folder / "run", "distill-*")
+    process = command(args, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     error = process.communicate()[1]
-    assert process.returncode != 0 and error.count("error: softmax layers must be") == 1, error
+    assert process.returncode == 0, error
+    same_run(folder / "calm", folder / "run")
 
-def test_early_stopping_reads_what_every_process_trained_last(folder):
-    more = ("--early-stop", 2, "--evaluate-every", 1, "--candidates-at-once", 1)
-    args = [str(x) for x in arguments(folder, *THREE_STEPS, "--baselines", "none", *more)]
+@pytest.mark.parametrize("together,more", [
+    (["--shard"], []),
+    ([], [*THREE_STEPS, "--early-stop", 2, "--evaluate-every", 1, "--candidates-at-once", 1]),
+])  # fmt: skip
+def test_two_processes_that_shard_or_stop_early_do_what_one_does(together, more, folder):
+    args = arguments(folder, "--baselines", "none", *more)
     assert hd.main([*args, "--out", str(folder / "calm")]) == 0
-    finished(start(args, TORCHRUN))
-    calm, run = (json.loads((folder / name / "selection.json").read_text())
-                 for name in ("calm", "run"))
-    steps = [[len(c) for c in found["rounds"][0]["curves"].values()] for found in (calm, run)]
-    assert steps[0] == steps[1] and calm["ranking"] == run["ranking"]
+    errors = folder / "errors"
+    assert finished(start([*args, *together], errors, 2)) == [0, 0], errors.read_text()
+    same_run(folder / "calm", folder / "run")
+    assert finished(start([*args, "--select", "9"], errors, 2)) == [1, 1]  # said once
+    assert errors.read_text().count("error: softmax layers must be") == 1, errors.read_text()
+
+def test_kernels_in_the_interpreter(interpreter):
+    pytest.importorskip("triton")
+    said = interpreter.communicate()[0]
+    assert interpreter.returncode == 0 and " passed" in said and "skipped" not in said, said
