@@ -1094,9 +1094,12 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
     return curves
 
 def candidates_that_fit(student) -> int:
-    """As many as half of the GPU's free memory, or of all of a CPU's, holds beside activations."""
+    """As many as half of the GPU's memory, or of a CPU's, holds beside activations.
+
+    Of all memory, not of what is free now: a run that goes on must find the same groups saved.
+    """
     if student.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(student.device)[0]
+        memory = torch.cuda.get_device_properties(student.device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size = 18 * student.num_parameters()  # bytes: fp32 weight, gradient, two moments; a bf16 copy
