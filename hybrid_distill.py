@@ -40,6 +40,7 @@ import importlib
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -514,7 +515,7 @@ def check_mixer(name: str) -> None:
 
 def check_layers(softmax_layers, L: int) -> list[int]:
     """The layers, sorted; UserError if one is outside [0, L) or named twice."""
-    layers = sorted(softmax_layers)
+    layers = sorted(operator.index(i) for i in softmax_layers)  # also of numpy or torch
     if any(not 0 <= i < L for i in layers) or len(set(layers)) < len(layers):
         raise UserError(f"softmax layers must be distinct and within 0..{L - 1}, not {layers}")
     return layers
@@ -552,6 +553,8 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
             history.append({"step": 0, **evaluation()})
         start = history[-1]["step"] if history else 0
         micro_batch = history[-1].get("micro_batch", micro_batch) if history else micro_batch
+        if not callable(batches) and len(batches) < end:
+            raise UserError(f"{end} steps need {end} batches, not {len(batches)}")
         hide, clock = not name or start >= end or rank_and_world()[0] > 0, time.monotonic()
         for step in tqdm(range(start, end), name, initial=start, total=end, disable=hide):
             for group, peak in peaks:

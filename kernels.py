@@ -777,7 +777,7 @@ def check_boundaries(cu_seqlens, T):
     seen = None if cu_seqlens.is_inference() else (cu_seqlens._version, T)
     if seen is None or getattr(cu_seqlens, "boundaries_seen", None) != seen:
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != T or any(a >= b for a, b in zip(ends, ends[1:])):
+        if ends[:1] != [0] or ends[-1] != T or any(a >= b for a, b in zip(ends, ends[1:])):
             raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, not {str(ends)[:100]}")
         cu_seqlens.boundaries_seen = seen
 
@@ -807,7 +807,7 @@ def chunk_gated_delta_rule(
     cu_seqlens[n + 1]; then the states are [N, HV, Dk, Dv]. backend: "auto", "torch", "triton".
     use_cache and output_router_logits, which transformers' Qwen3-Next passes down, change nothing.
     For a backward Triton keeps N, P, V~ and each chunk's state: 2 C + Dv + Dk Dv / C numbers a
-    token and head. In fp16, with the norm, very short q or k (1e-4) overflow: prefer bf16.
+    token and head. In fp16, with the norm, zero or very short q and k (1e-4) overflow: prefer bf16.
     Raises ValueError for shapes that do not fit, RuntimeError where Triton is not possible.
     Source: [1], [2]; names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3]."""
     q, k, v, backend = checked(backend, q, k, v, g, beta, initial_state, cu_seqlens)
@@ -876,11 +876,19 @@ def chunk_gla(
     So blocks of 1, 2, 4, ... C/2 tokens are read by the block behind them, m the end of the first.
     Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as in
     chunk_gated_delta_rule."""
-    if not q.shape == k.shape == g.shape or q.shape[:3] != v.shape[:3]:
+    same = q.shape == k.shape == g.shape and q.shape[:3] == v.shape[:3]
+    if not same or q.ndim != 4 or 0 in (*q.shape, *v.shape):
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, g, v))
         raise ValueError(f"q, k and g must be [B, T, H, Dk] and v [B, T, H, Dv], not {shapes}")
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, q.shape[1])
+    if cu_seqlens is not None and len(q) != 1:
+        raise ValueError(f"sequences of cu_seqlens stand behind one another: B = 1, not {len(q)}")
+    N = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+    state = [N, q.shape[2], q.shape[3], v.shape[3]]
+    if initial_state is not None and list(initial_state.shape) != state:
+        raise ValueError(f"initial_state must be {state}, not {list(initial_state.shape)}")
+    if cu_seqlens is not None:
         ends, parts = cu_seqlens.tolist(), []
         for n, (i, j) in enumerate(zip(ends, ends[1:])):
             S = None if initial_state is None else initial_state[n : n + 1]
