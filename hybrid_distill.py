@@ -35,6 +35,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import glob
 import hashlib
 import importlib
 import itertools
@@ -60,6 +61,8 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -552,7 +555,8 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
         if evaluation and not history:
             history.append({"step": 0, **evaluation()})
         start = history[-1]["step"] if history else 0
-        micro_batch = history[-1].get("micro_batch", micro_batch) if history else micro_batch
+        sizes = micro_batch, history[-1].get("micro_batch") if history else None
+        micro_batch = min((n for n in sizes if n), default=None)  # halved before the stop, or given
         if not callable(batches) and len(batches) < end:
             raise UserError(f"{end} steps need {end} batches, not {len(batches)}")
         hide, clock = not name or start >= end or rank_and_world()[0] > 0, time.monotonic()
@@ -581,7 +585,7 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
             if evaluation and (step + 1 == steps or (step + 1) % (evaluate_every or steps) == 0):
                 row |= evaluation()
             history.append(row)
-            if checkpoint and (checkpoint.due(shared) or step + 1 == end < steps):
+            if checkpoint and step + 1 < steps and (checkpoint.due(shared) or step + 1 == end):
                 checkpoint.save(history, everything, optimizers, shared)
             clock = time.monotonic()
     finally:
@@ -1247,6 +1251,8 @@ class Budget:
     def __post_init__(self):
         if min(self.tokens, self.batch, self.length - 7) < 1:
             raise UserError(f"a stage needs tokens, a batch and a length of at least 8, not {self}")
+        if not (0 < self.lr < math.inf and 0 <= self.rest_lr < math.inf):
+            raise UserError(f"a stage needs lr > 0 and rest_lr >= 0, not {self}")
         self.steps = max(1, self.tokens // (self.batch * self.length))
 
 EMBEDDED = dict(  # the small teacher made here
@@ -1310,6 +1316,15 @@ def resolve(s, teacher):
         raise UserError("--chat, --data-config, --text-column and --dtype are for a --teacher")
     if s.data_config and Path(s.data).exists():
         raise UserError(f"--data-config is for a hub dataset, and {s.data} is a local path")
+    for name in ("candidates_at_once", "evaluate_every", "micro_batch", "early_stop", "seed"):
+        if not 0 <= (getattr(s, name) or 0) < 2**32:
+            raise UserError(f"--{name.replace('_', '-')} must be within 0..2^32-1")
+    if s.held_out < 1:
+        raise UserError(f"--held-out must be at least 1 sequence, not {s.held_out}")
+    if s.data.endswith(".npy") and (s.chat or s.text_column != "text"):
+        raise UserError("--chat and --text-column are for text: a .npy holds token ids")
+    with one_sentence(f"cannot use --device {s.device}"):
+        torch.empty(1, device=s.device).item()
     if s.device not in ("cpu", "cuda") and rank_and_world()[1] > 1:
         raise UserError(f"torchrun gives each process its GPU: --device cuda, not {s.device}")
     if s.shard and rank_and_world()[1] == 1:
@@ -1335,7 +1350,8 @@ def resolve(s, teacher):
     k = k if k is not None else max(1, L // 4) if s.teacher else 1
     if s.softmax_layers not in (None, k) or not 1 <= k <= L:
         raise UserError(f"--softmax-layers must be within 1..{L}, the teacher's layers, and as "
-                        f"many as --select lists, not {s.softmax_layers or k}")  # fmt: skip
+                        f"many as --select lists, not "
+                        f"{k if s.softmax_layers is None else s.softmax_layers}")  # fmt: skip
     s.softmax_layers, s.vocab, s.placed = k, teacher.config.vocab_size, {"all-linear": []}
     if listed:
         s.select, s.placed["given"] = "given", check_layers(listed, L)
@@ -1420,7 +1436,8 @@ class TokenCorpus:
         self.seed, self.tokenizer = seed, tokenizer
         parts = np.split(ids, (held_out, 2 * held_out))
         self.parts = dict(zip(("validation", "test", "train"), parts))
-        self.identity = [len(ids), held_out, hashlib.sha1(ids[: 10**6].tobytes()).hexdigest()]
+        some = ids[:: max(1, len(ids) // 10**6)]
+        self.identity = [len(ids), held_out, hashlib.sha1(some.tobytes()).hexdigest()]
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part, shuffled."""
@@ -1472,20 +1489,30 @@ def load_tokens(s, tokenizer):
     if s.data.endswith(".npy"):
         if not Path(s.data).is_file():
             raise UserError(f"cannot load --data {s.data}: there is no such file")
-        ids = np.load(s.data, mmap_mode="r")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < s.vocab:
-            raise UserError(f"--data {s.data} must be a row of token ids, integers below {s.vocab}")
-        return ids
+        with one_sentence(f"cannot load --data {s.data}"):
+            return check_ids(np.load(s.data, mmap_mode="r"), s)
     if s.chat and not tokenizer.chat_template:
         raise UserError(f"--chat needs a chat template, and the tokenizer of {s.teacher} has none")
     need = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out * s.budgets["distill"].length
-    name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need])
+    files = [f for f in (Path(s.data), *sorted(Path(s.data).rglob("*"))) if f.is_file()]
+    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need, files])
     file = Path(s.out) / f"tokens-{name}.npy"
     if not file.exists() and rank_and_world()[0] == 0:
         ids = itertools.islice(itertools.chain.from_iterable(tokenised(s, tokenizer)), need)
-        write(file, np.fromiter(tqdm(ids, "tokenise", need, unit_scale=True), np.uint32))
+        with one_sentence(f"cannot read --data {s.data}"):
+            ids = np.fromiter(tqdm(ids, "tokenise", need, unit_scale=True), np.uint32)
+            check_ids(ids, s)
+        write(file, ids)
     gather("tokenised")
     return np.load(file, mmap_mode="r")
+
+def check_ids(ids, s):
+    """ids, if they are a row of token ids of the teacher."""
+    row = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
+    if not row or not 0 <= ids.min() <= ids.max() < s.vocab:
+        raise UserError(f"it must hold a row of token ids, integers below {s.vocab}")
+    return ids
 
 def tokenised(s, tokenizer):
     """Yields the ids of each document of --data, closed with EOS."""
@@ -1496,8 +1523,9 @@ def tokenised(s, tokenizer):
             raise UserError(
                 f"{s.data} has no column {s.text_column!r}: name one with --text-column: {columns}")
         texts = [text for text in rows[s.text_column] if text]
-        if s.chat and any(not isinstance(text, list) for text in texts):
-            raise UserError(f"--chat needs lists of messages in {s.text_column!r} of {s.data}")
+        if any(not isinstance(text, list if s.chat else str) for text in texts):
+            wanted = "lists of messages" if s.chat else "text; for lists of messages give --chat"
+            raise UserError(f"{s.text_column!r} of {s.data} must hold {wanted}")
         if s.chat:
             texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
         own = not s.chat  # a chat template writes the special tokens itself
@@ -1524,17 +1552,22 @@ def load_documents(s):
             rows = (rows["train"] if isinstance(rows, dict) else rows).to_iterable_dataset()
         elif path.exists():
             how = {"sample_by": "document"} if found == {"text"} else {}
-            rows = datasets.load_dataset(*found, data_files=[*map(str, files)], **how, **streamed)
+            names = [glob.escape(str(file)) for file in files]
+            rows = datasets.load_dataset(*found, data_files=names, **how, **streamed)
         else:
             rows = datasets.load_dataset(s.data, s.data_config, **streamed)
     return rows.shuffle(seed=s.seed, buffer_size=10_000)
+
+# what loaders raise for files that are missing, broken, too new or of another kind
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, AssertionError,
+              ImportError, SafetensorError, StrictDataclassError)  # fmt: skip
 
 @contextlib.contextmanager
 def one_sentence(beginning: str):
     """What a library's loader raises, as one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{beginning}: " + str(error).strip().split("\n")[0]) from error
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -1713,8 +1746,11 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     names = list(dict.fromkeys([s.select, *s.baselines]))
     words = corpus.words() if "ar" in names else None
     base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), s.seed, s.mixer]
-    base.append(corpus.identity)
+    weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
+    base += [corpus.identity, weights]
     batches = {stage: corpus.batches(stage, budget) for stage, budget in b.items()}
+    validation = corpus.held_out("validation", s.held_out, b["select"].length)
+    test = corpus.held_out("test", s.held_out, b["distill"].length)
     stages = {}  # the folder's name -> its Checkpoint
 
     def checkpoint(name, *after, keep=True):
@@ -1742,12 +1778,11 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         return recall_accuracy(model, *recall_prompts(*words, 32, 256, seeded(s.seed, "ar")))
 
     title = "kl-guided" if s.select in ("ga-s2", "greedy") else s.select
-    found, made, validation = {"teacher": {"chosen": [*range(L)]}}, {}, None
+    found, made = {"teacher": {"chosen": [*range(L)]}}, {}
     for name in names:
         if name in s.placed:
             one = Selection(s.placed[name])
         else:
-            validation = validation or corpus.held_out("validation", s.held_out, b["select"].length)
             torch.manual_seed(s.seed)
             one = select_layers(
                 student, teacher, batches["select"], validation, s.softmax_layers,
@@ -1765,7 +1800,6 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     if first:
         write(out / "selection.json", json.dumps(selection, indent=1))
 
-    test = corpus.held_out("test", s.held_out, b["distill"].length)
     places = {name: sorted(one["chosen"]) for name, one in found.items()}
 
     def row_file(name, layers):
@@ -1899,7 +1933,8 @@ def main(argv=None) -> int:
             print(plan(s, bones))
         if s.dry_run:
             return 0
-        Path(s.out).mkdir(parents=True, exist_ok=True)
+        with one_sentence(f"cannot write in --out {s.out}"):
+            Path(s.out).mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(Path(s.out) / ".lock", timeout=0)
         with lock if first else contextlib.nullcontext():
             if s.teacher:
