@@ -353,6 +353,9 @@ def test_gla_packed_padded_and_wrong_shapes():
         kernels.chunk_gla(q, k, v, g[..., 0])
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 150"):
         kernels.chunk_gla(*row, cu_seqlens=torch.tensor([0, 3]))
+    for wrong in (dict(initial_state=S[:1]), dict(cu_seqlens=ends), dict(initial_state=S[..., :1])):
+        with pytest.raises(ValueError, match="initial_state must be|B = 1, not 2"):
+            kernels.chunk_gla(q, k, v, g, **wrong)
 
 def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     """Every launch of a forward, a backward and a decoding step: kernel, grid, arguments, how."""
@@ -1064,6 +1067,8 @@ def select(*args, kept=()):
     ("one of ga-s1, ga-s2", lambda: select(1, 1, "best")),
     ("without softmax layers", lambda: select(1, 1, kept=[1])),
     ("all-linear", lambda: hd.restore_attention(transfer([1]), make_teacher(), [2])),
+    ("2 steps need 2 batches, not 1",
+     lambda: hd.finetune(make_teacher(), [tokens(2, 16)], 2)),
     ("give a checkpoint",
      lambda: hd.score_layers(transfer(), make_teacher(), [], HELD_OUT, ALONE, 4, early_stop=2)),
     ("train part has 8 tokens, too few for a sequence of 16",
@@ -1159,6 +1164,19 @@ def test_a_run_gives_every_row_the_same_training(folder, held_out, monkeypatch):
     more = ("--softmax-layers", "2", "--baselines", "last", "--finetune-lr", "1e-6")
     assert hd.main(arguments(folder, *together, *more)) == 0 and len(steps) == 2 * (2 + 1)
 
+def test_a_changed_data_file_or_teacher_is_not_taken_for_the_old_one(folder):
+    pytest.importorskip("datasets")
+    more = ("--select", "1", "--baselines", "none", "--data", folder / "a.txt", "--held-out", "4")
+    perplexities = []
+    for k in range(3):
+        if k < 2:  # of the same length
+            (folder / "a.txt").write_text("abcd" * 900 if k == 0 else "dcba" * 900)
+        else:
+            make_teacher(seed=5).save_pretrained(folder / "teacher")
+        assert hd.main(arguments(folder, *more)) == 0
+        perplexities.append(report(folder / "run")["rows"][0]["perplexity"])
+    assert len(set(perplexities)) == 3
+
 def test_iterated_selection_is_the_same_one_candidate_at_a_time(folder):
     """Each round scores the same layers beside others: no round may read another one's scores."""
     more, found = ("--select", "greedy", "--softmax-layers", 3, "--baselines", "none"), []
@@ -1216,10 +1234,19 @@ WRONG = [
     (["--held-out", "5000"], "part has"),
     (["--teacher", "nowhere"], "cannot use --teacher nowhere"),
     (["--baselines", "ar"], "ar needs a tokenizer with words"),
-    *[(["--data", f"wrong-{n}.npy"], "must be a row of token ids, integers below 384")
-      for n in range(4)],
+    *[(["--data", f"wrong-{n}.npy"], "it must hold a row of token ids, integers below 384")
+      for n in range(5)],
+    (["--data", "bad.txt"], "cannot read --data bad.txt"),
+    (["--chat"], "are for text: a .npy"),
+    (["--held-out", "0"], "--held-out must be at least 1"),
+    (["--align-lr", "0"], "needs lr > 0"),
+    (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
+    (["--micro-batch", "-1"], "--micro-batch must be within 0"),
+    (["--softmax-layers", "0"], "not 0"),
+    (["--device", "abacus"], "cannot use --device abacus"),
+    (["--out", "bad.txt"], "cannot write in --out bad.txt"),
 ]  # fmt: skip
-NO_TOKENS = [np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1)]
+NO_TOKENS = [np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1), np.ones(0, int)]
 
 @pytest.mark.parametrize("more,sentence", WRONG, ids=lambda value: str(value)[:24])
 def test_wrong_input_gets_one_sentence_before_anything_trains(
@@ -1229,6 +1256,7 @@ def test_wrong_input_gets_one_sentence_before_anything_trains(
     for n, ids in enumerate(NO_TOKENS):
         np.save(f"wrong-{n}.npy", ids)
     Path("run").mkdir()
+    Path("bad.txt").write_bytes(b"\xff")
     with contextlib.nullcontext() if more else filelock.FileLock("run/.lock"):
         assert hd.main(arguments(folder, *more)) == 1
     error = capsys.readouterr().err.strip().split("error: ")[-1]
@@ -1269,7 +1297,8 @@ def test_a_student_on_the_hub_loads(saved_student, tmp_path):
     env = {**os.environ, "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", HUB, saved_student], env=env, **PIPED)
     assert done.returncode == 0, done.stderr
-    brought = {"filelock", "numpy", "tokenizers", "tqdm", "transformers"}  # by transformers
+    brought = {"filelock", "huggingface_hub", "numpy", "safetensors", "tokenizers", "tqdm",
+               "transformers"}  # by transformers  # fmt: skip
     for file, others in (("hybrid_distill.py", brought), ("kernels.py", set())):
         needed = set(dynamic_module_utils.get_imports(HERE / file))
         assert needed - others <= {"torch", *sys.stdlib_module_names}, file
