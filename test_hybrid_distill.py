@@ -1461,7 +1461,7 @@ def same_run(calm, run):
 def test_stopped_again_and_again_a_run_ends_with_the_same_numbers(folder):
     assert hd.main(arguments(folder, "--out", folder / "calm")) == 0
     process = command(arguments(folder))
-    wait_for(folder / "run", ".lock", lambda: process.poll() is None)
+    wait_for(folder / "run", "align-*", lambda: process.poll() is None)  # its own loops run
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode == 130 and "the same command goes on" in error, error
