@@ -545,8 +545,11 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
     dtypes = [p.dtype for p in parameters]
     if torch.float16 in dtypes:
         raise UserError("a float16 model cannot be trained here (no loss scaling): use bfloat16")
+    end = min(until or steps, steps)
+    if not callable(batches) and len(batches) < end:
+        raise UserError(f"{end} steps need {end} batches, not {len(batches)}")
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    everything, end = nn.ModuleList(models).train(), min(until or steps, steps)
+    everything = nn.ModuleList(models).train()
     name = checkpoint.folder.name if checkpoint else ""
     for p in parameters:
         p.data = p.data.float()
@@ -557,8 +560,6 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
         start = history[-1]["step"] if history else 0
         sizes = micro_batch, history[-1].get("micro_batch") if history else None
         micro_batch = min((n for n in sizes if n), default=None)  # halved before the stop, or given
-        if not callable(batches) and len(batches) < end:
-            raise UserError(f"{end} steps need {end} batches, not {len(batches)}")
         hide, clock = not name or start >= end or rank_and_world()[0] > 0, time.monotonic()
         for step in tqdm(range(start, end), name, initial=start, total=end, disable=hide):
             for group, peak in peaks:
@@ -1494,18 +1495,22 @@ def load_tokens(s, tokenizer):
     if s.chat and not tokenizer.chat_template:
         raise UserError(f"--chat needs a chat template, and the tokenizer of {s.teacher} has none")
     need = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out * s.budgets["distill"].length
-    files = [f for f in (Path(s.data), *sorted(Path(s.data).rglob("*"))) if f.is_file()]
-    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files_at(Path(s.data))]
     name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need, files])
     file = Path(s.out) / f"tokens-{name}.npy"
     if not file.exists() and rank_and_world()[0] == 0:
-        ids = itertools.islice(itertools.chain.from_iterable(tokenised(s, tokenizer)), need)
+        documents = tokenised(load_documents(s), s, tokenizer)
+        ids = itertools.islice(itertools.chain.from_iterable(documents), need)
         with one_sentence(f"cannot read --data {s.data}"):
             ids = np.fromiter(tqdm(ids, "tokenise", need, unit_scale=True), np.uint32)
             check_ids(ids, s)
         write(file, ids)
     gather("tokenised")
     return np.load(file, mmap_mode="r")
+
+def files_at(path: Path) -> list[Path]:
+    """The file, or every file below the folder, in order."""
+    return [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
 
 def check_ids(ids, s):
     """ids, if they are a row of token ids of the teacher."""
@@ -1514,10 +1519,10 @@ def check_ids(ids, s):
         raise UserError(f"it must hold a row of token ids, integers below {s.vocab}")
     return ids
 
-def tokenised(s, tokenizer):
-    """Yields the ids of each document of --data, closed with EOS."""
+def tokenised(documents, s, tokenizer):
+    """Yields the ids of each document of a `datasets` dataset, closed with EOS."""
     eos = tokenizer.eos_token_id
-    for rows in load_documents(s).iter(256):
+    for rows in documents.iter(256):
         if s.text_column not in rows:
             columns = ", ".join(rows)
             raise UserError(
@@ -1540,7 +1545,7 @@ def load_documents(s):
         raise UserError("--data other than .npy needs the package datasets") from None
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     path = Path(s.data)
-    files = [file for file in (path, *sorted(path.rglob("*"))) if file.suffix in kinds]
+    files = [file for file in files_at(path) if file.suffix in kinds]
     found = {kinds[file.suffix] for file in files}
     saved = any((path / f"dataset_{what}.json").exists() for what in ("info", "dict"))
     if path.exists() and not saved and len(found) != 1:

@@ -764,7 +764,8 @@ def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
     if HV % H:
         raise ValueError(f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
     if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1):
-        raise ValueError("cu_seqlens must be [N + 1]: N sequences packed in one row, B = 1")
+        raise ValueError(f"cu_seqlens must be [N + 1], not {list(cu_seqlens.shape)}, and B = 1, "
+                         f"not {B}: N sequences packed in one row")  # fmt: skip
     states = B if cu_seqlens is None else len(cu_seqlens) - 1
     wanted = dict(k=[B, T, H, Dk], v=[B, T, HV, Dv], g=[B, T, HV], beta=[B, T, HV])
     wanted["initial_state"] = [states, HV, Dk, Dv]
@@ -876,19 +877,12 @@ def chunk_gla(
     So blocks of 1, 2, 4, ... C/2 tokens are read by the block behind them, m the end of the first.
     Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as in
     chunk_gated_delta_rule."""
-    same = q.shape == k.shape == g.shape and q.shape[:3] == v.shape[:3]
-    if not same or q.ndim != 4 or 0 in (*q.shape, *v.shape):
+    if not q.shape == k.shape == g.shape or q.shape[:3] != v.shape[:3]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, g, v))
         raise ValueError(f"q, k and g must be [B, T, H, Dk] and v [B, T, H, Dv], not {shapes}")
+    check_shapes(q, k, v, None, None, initial_state, cu_seqlens)
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, q.shape[1])
-    if cu_seqlens is not None and len(q) != 1:
-        raise ValueError(f"sequences of cu_seqlens stand behind one another: B = 1, not {len(q)}")
-    N = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
-    state = [N, q.shape[2], q.shape[3], v.shape[3]]
-    if initial_state is not None and list(initial_state.shape) != state:
-        raise ValueError(f"initial_state must be {state}, not {list(initial_state.shape)}")
-    if cu_seqlens is not None:
         ends, parts = cu_seqlens.tolist(), []
         for n, (i, j) in enumerate(zip(ends, ends[1:])):
             S = None if initial_state is None else initial_state[n : n + 1]
