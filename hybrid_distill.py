@@ -20,8 +20,8 @@ Glossary
     beta             beta        [B, T, H]       write strength, in (0, 1)
     S                S           [B, H, Dh, Dh]  the recurrent state, fp32
     softmax_layers   -           0-based indices of the K layers that keep softmax attention
-    importance       I(l)        -KL of the all-linear student with layer l alone restored to
-                                 softmax, after a little of stage 2
+    importance       I(l)        how much layer l should stay softmax; by GA-S2 the -KL of the
+                                 all-linear student with l alone restored, after a little stage 2
     attention, rest  -           every layer's self_attn, softmax or linear; all other parameters
 
 First the method, in the order of the paper; then the plumbing, which the method never calls.
@@ -38,6 +38,7 @@ import functools
 import glob
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -93,11 +94,11 @@ class LinearAttention(nn.Module):
 
     A mixer is a subclass in this file, named in `MIXERS`, with
 
-    init_gates(hidden_size, **to)  its parameters; weights of nn.Linear are drawn anew behind it
-    gated(x, q, k, v)   x [B, T, D], others [B, T, H, Dh] -> q, k, v and gates, as the rules take
-                        them. Padding sets all but q to 0: give a decay as its logarithm
-    rules()             (chunked, one token): (q, k, v, gates, initial_state=, output_final_state=,
-                        cu_seqlens=) -> o [B, T, H, Dh], S, as in kernels.py
+    init_gates(hidden_size, **to)  its parameters; weights of nn.Linear are redrawn afterwards
+    gated(x, q, k, v)   x [B, T, D], others [B, T, H, Dh] -> q, k, v of one dtype and gates, as the
+                        rules take them. Padding sets all but q to 0: give decays as logarithms
+    rules()             (chunked, one token): (q, k, v, gates, initial_state=, output_final_state=)
+                        -> o [B, T, H, Dh], S, one tensor; the chunked one takes cu_seqlens= too
 
     The head size is the attention's own, and q/k/v biases (Qwen2) and q/k norms (Qwen3) are carried
     over, unlike in the official code.
@@ -152,8 +153,8 @@ class LinearAttention(nn.Module):
     def forward(self, hidden_states, padding_mask=None, cu_seqlens=None, **others):
         """hidden_states [B, T, D] -> ([B, T, D], None), as transformers calls a layer's self_attn.
 
-        padding_mask: [B, >= T], 1 on real tokens, or None. cu_seqlens: [N + 1], where the N packed
-        sequences of the B rows, one row behind the other, begin and end, or None: one a row.
+        padding_mask: [B, >= T], 1 on real tokens, or None. cu_seqlens: [N + 1], the boundaries of N
+        sequences packed in the B rows laid end to end, or None: one a row.
         others: what transformers hands to every self_attn. The cache among it is found by its type,
         for its name changes between versions; RoPE, causal mask and positions are for softmax only.
         """
@@ -216,7 +217,7 @@ class GatedDeltaNet(LinearAttention):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
 
     def gated(self, x, q, k, v):
-        q, k, v = F.silu(q), F.silu(k).to(q.dtype), F.silu(v).to(q.dtype)
+        q, k, v = (F.silu(t).to(v.dtype) for t in (q, k, v))  # Qwen3's norms may give fp32
         # both gates in fp32
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
         return q, k, v, g, self.b_proj(x).float().sigmoid()
@@ -240,7 +241,7 @@ class GatedLinearAttention(LinearAttention):
         nn.init.zeros_(W_2.bias)
 
     def gated(self, x, q, k, v):
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         return q, k, v, F.logsigmoid(self.a_proj(x).float()).view(q.shape) / 16
 
     def rules(self):
@@ -255,7 +256,7 @@ class RecurrentState(DynamicLayer):
 
     tensors: the state, batch first; Gated DeltaNet's is (S,). `generate` asks a cache for its
     length and to follow the batch (beam search). As it never says `is_initialized`, transformers
-    does not offload it: it is smaller than the copy that would save.
+    does not offload it, which would save little.
     """
     is_croppable = False
 
@@ -342,7 +343,7 @@ def swap_attention(model) -> None:
     model.model.register_forward_hook(_check_the_cache)
 
 def _pass_padding_and_packing(decoder, args, kwargs):
-    """Give every mixer what transformers makes a causal mask of: padding and packed sequences.
+    """Give every mixer what transformers builds its mask from: padding and packed sequences.
 
     Extra keyword arguments of the decoder reach every self_attn.
     """
@@ -380,7 +381,7 @@ def mixers(model) -> dict[int, nn.Module]:
     return {i: x.self_attn for i, x in enumerate(model.model.layers) if i not in softmax}
 
 def autocast(model):
-    """Products in the dtype of the config, the teacher's: trained weights are fp32 in training."""
+    """Matrix products in config.dtype, the teacher's; weights in training are fp32."""
     half = model.config.dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(model.device.type, model.config.dtype if half else None, half)
 
@@ -404,10 +405,10 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
     student_hidden [..., D_s], teacher_hidden [..., D_t]; heads [V, D_s] and [V, D_t], or the
     nn.Linear without bias that holds one; mask [...], 1 on the tokens that count, default all.
     Gradients reach student_hidden and student_head. At most `chunk` rows of logits (2^25 / V) exist
-    at a time, forward and backward. To copy it, take `_ChunkedLoss` and `_token_weights` too.
+    at a time, forward and backward. Copy `_ChunkedLoss`, `_token_weights` and `_weight` with it.
     """
-    student_head = getattr(student_head, "weight", student_head)
-    teacher_head = getattr(teacher_head, "weight", teacher_head).detach()
+    student_head = _weight(student_head)
+    teacher_head = _weight(teacher_head).detach()
     if student_head.shape[0] != teacher_head.shape[0]:
         raise ValueError(f"student and teacher must share a vocabulary; their heads have "
                          f"{student_head.shape[0]} and {teacher_head.shape[0]} rows")
@@ -428,7 +429,7 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=None):
     """-log p(label), mean over tokens, in nats. labels [...]; the rest as in `kl_loss`."""
-    head, labels = getattr(head, "weight", head), labels.flatten()
+    head, labels = _weight(head), labels.flatten()
 
     def cross_entropy(logits, rows):
         log_p, label = F.log_softmax(logits, dim=-1), labels[rows, None]
@@ -438,6 +439,11 @@ def cross_entropy_loss(hidden, head, labels, mask=None, chunk=None):
 
     weights = _token_weights(hidden, mask)
     return _ChunkedLoss.apply(hidden.flatten(0, -2), head, cross_entropy, weights, chunk)
+
+def _weight(head):
+    """[V, D] of an nn.Linear or as it is; an evaluation asks for no gradient of it."""
+    weight = getattr(head, "weight", head)
+    return weight if torch.is_grad_enabled() else weight.detach()
 
 def _token_weights(hidden, mask):
     """Each token's share of the mean, fp32, summing to 1; all zero for a mask without a token."""
@@ -534,7 +540,7 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
     optimizers: over those parameters; schedule(step, steps) is a factor on their learning rates.
     losses(tokens): yields (name, loss, weight), each back-propagated before the next is computed.
     batches: token batches [B, T], a list or a function of the step. micro_batch: sequences of it at
-    a time, default all, halved when the GPU's memory ends; the gradient is the whole batch's.
+    a time, default all, halved when GPU memory runs out; the gradient is the whole batch's.
     evaluation(): entries for the row of step 0, of every evaluate_every-th step and of the last.
     until: stop there, to go on later. checkpoint: a Checkpoint, or None. shared: the processes of
     torchrun train these models together, a part of every batch each, not models of their own.
@@ -551,6 +557,8 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     everything = nn.ModuleList(models).train()
     name = checkpoint.folder.name if checkpoint else ""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # the peak of this stage, not of those before
     for p in parameters:
         p.data = p.data.float()
     try:
@@ -602,7 +610,7 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
 def back_propagate(losses, tokens, micro_batch, parameters, shared=False):
     """Gradients of a batch, micro_batch sequences at a time -> ({name: loss}, micro_batch).
 
-    When the GPU's memory ends it starts again with half as many at a time, and says so.
+    When GPU memory runs out it starts again with half as many at a time, and says so.
     """
     (rank, world), cut = rank_and_world() if shared else (0, 1), isinstance(parameters[0], DTensor)
     if cut and len(tokens) % world:
@@ -619,9 +627,9 @@ def back_propagate(losses, tokens, micro_batch, parameters, shared=False):
                     sums[name] = sums.get(name, 0.0) + loss.detach() * share
             break
         except torch.OutOfMemoryError:
-            if micro_batch == 1 or cut:  # the others are in the middle of this one
+            if micro_batch == 1 or cut:  # the others are within this batch
                 raise
-        loss = None  # only behind the `except` can what the failed try held be freed
+        loss = None  # what the failed try held can be freed only after the `except`
         for p in parameters:
             p.grad = None
         torch.cuda.empty_cache()
@@ -657,12 +665,12 @@ def cosine(floor: float, warmup: int):
     return factor
 
 class Checkpoint:
-    """A stage on disk, so that it goes on where it was stopped, on a CPU with the same numbers.
+    """A stage on disk: it goes on where it stopped, on a CPU with the same numbers.
 
     `folder`/metrics.jsonl  the history, up to the newest save
     `folder`/step-N         by torch.distributed.checkpoint: trained weights, optimizers, random
                             state; of the last step weights alone or, without `keep`, nothing
-    seconds: between two saves, more when one takes long: a tenth of the time at most. What any
+    seconds: between two saves, raised so that saving takes at most a tenth of the time. What any
     number of processes wrote, any other number reads.
     """
     def __init__(self, folder, keep=True, seconds=30.0):
@@ -746,7 +754,7 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def gather(value) -> list:
-    """What every process calls it with; nobody goes on before all have."""
+    """The value of every process, by rank; nobody goes on before all have called."""
     values = [value] * rank_and_world()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -868,8 +876,8 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
     """Which k of the L layers should stay softmax, by a score in SELECTORS?
 
     student: the *all-linear* student after stage 1, with its `history` (for GA-S1). recall(model):
-    an accuracy (for AR). made: a dict that keeps scores from one call to the next. The rest as in
-    `score_layers`, but that `checkpoint(sets, early)` is given also what an early end depends on.
+    an accuracy (for AR). made: a dict that keeps scores for other calls with the same arguments.
+    The rest as in `score_layers`, but `checkpoint` also gets what an early stop depends on.
     """
     L = len(mixers(student))
     if student.config.softmax_layers:
@@ -985,7 +993,8 @@ def zero_shot(x):
 
 def smart(x):
     """Spread-out sensitivity: of all sets with the first and last layer, and with gaps between
-    floor(G) - 1 and ceil(G) + 1, G = (L-1)/(K-1), that of the largest sum of zero-shot scores."""
+    floor(G) - 1 and ceil(G) + 1, G = (L-1)/(K-1), the one with the largest sum of zero-shot
+    scores."""
     importance, end = zero_shot(x), x.layers[-1]
     if x.k > 1:
         low, high = max(1, end // (x.k - 1) - 1), -(-end // (x.k - 1)) + 1
@@ -995,8 +1004,7 @@ def smart(x):
                       if low <= i - path[-1] <= high]  # fmt: skip
             longer.sort(key=lambda path: sum(importance[i] for i in path))  # the best comes last
             paths = {path[-1]: path for path in longer}
-        best = {i: importance[i] for i in paths[end]}
-        x.ranking = best_first(best) + [i for i in best_first(importance) if i not in best]
+        x.ranking = sorted(best_first(importance), key=lambda i: i not in paths[end])
     return importance
 
 def greedy(x):
@@ -1017,7 +1025,7 @@ def gates(x, lr=0.1, pull=0.5):
         y_l  = a_l attn_l(x) + (1 - a_l) mixer_l(x),   a_l = sigmoid(theta_l), 1/2 at first
         loss = KL(teacher || student) + pull mean_l(a_l)
     """
-    student = restore_attention(x.student, x.teacher, x.layers).requires_grad_(False)
+    student = restore_attention(x.student, x.teacher, x.layers).requires_grad_(False).train()
     linear = copy.deepcopy(mixers(x.student))
     nn.ModuleList(linear.values()).requires_grad_(False)
     theta = nn.ParameterList([torch.zeros(len(linear), device=student.device)])
@@ -1030,7 +1038,7 @@ def gates(x, lr=0.1, pull=0.5):
         yield from kl_to_teacher({"kl": student}, x.teacher, tokens)
         yield "gates", theta[0].sigmoid().mean(), pull
 
-    # Adam's first steps are as long for every gate: it takes some for the gates to part.
+    # Adam's first steps are as long for every gate: they need many to part.
     steps = max(100, x.steps) if callable(x.batches) else x.steps
     groups = [{"params": list(theta), "lr": lr, "weight_decay": 0.0}]
     save = x.how.get("checkpoint")
@@ -1045,10 +1053,10 @@ def gates(x, lr=0.1, pull=0.5):
 
 def gates_ga_s2(x):
     """Gates, then GA-S2 among the best 2 K of them."""
-    order = best_first(importance := gates(x))
+    order = best_first(gates(x))
     kl = x.kl({i: [i] for i in sorted(order[: 2 * x.k])})
     x.ranking = sorted(kl, key=kl.get) + order[2 * x.k :]
-    return importance | {i: -kl[i] for i in kl}
+    return {i: -kl[i] for i in kl}
 
 SELECTORS = {"ga-s1": ga_s1, "ga-s2": ga_s2, "gr-s2": gr_s2, "avg-s2": avg_s2, "ar": ar, "mse": mse,
              "ppl": ppl, "zero-shot": zero_shot, "smart": smart, "greedy": greedy, "gates": gates,
@@ -1082,8 +1090,8 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
         for group, saved in [*zip(groups, checkpoints)][rank::world]:
             models = parameters = None  # the last group's make room
             models = {f"layer {i}": restore_attention(student, teacher, sets[i]) for i in group}
-            if shard:
-                models = {name: cut_over_processes(model) for name, model in models.items()}
+            for model in models.values() if shard else ():
+                cut_over_processes(model)
             parameters = [parameter_groups(model, lr, rest_lr) for model in models.values()]
             history = train(
                 list(models.values()), adamw(sum(parameters, [])),
@@ -1091,11 +1099,11 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
                 evaluation=lambda: {"held_out": held_out_kl(models, teacher, held_out)},
                 evaluate_every=every, until=end, micro_batch=micro_batch, checkpoint=saved,
                 shared=shard)  # fmt: skip
-            seen = [row for row in history if "held_out" in row]
+            # one group may have been stopped an interval later than another
+            seen = [row for row in history if "held_out" in row and row["step"] <= end]
             for i in group:
                 mine[i] = [{"step": row["step"], **row["held_out"][f"layer {i}"]} for row in seen]
-        found = gather(mine)[:1] if shard else gather(mine)
-        found = {i: curve for of_process in found for i, curve in of_process.items()}
+        found = {i: curve for of_process in gather(mine) for i, curve in of_process.items()}
         curves = {i: found[i] for i in layers}
         if early_stop and settled(curves, early_stop, k):
             break
@@ -1381,7 +1389,7 @@ class EmbeddedCorpus:
 
     Text: CPython's standard library and the English of pydoc_data.topics, split by file. Recall: as
     many pairs `k v k v ...` of distinct keys and random values as fit, then the keys in another
-    order, each with its value. The selection keeps what its data need: text alone, another layer.
+    order, each with its value. The selection depends on its data: on text alone another layer wins.
     """
     KEYS, VALUES = torch.arange(68, 100), torch.arange(100, 116)  # 16 values: chance is 6 %
 
@@ -1479,7 +1487,8 @@ class TokenCorpus:
                 draw = seeded(self.seed, length, needles)
                 prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
                 found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
-        return {"recall": sum(found.values()) / max(1, len(found)), "needles": found}
+        mean = sum(found.values()) / len(found) if found else None  # too little text to hide in
+        return {"recall": mean, "needles": found}
 
 def load_tokens(s, tokenizer):
     """--data as ids [N]: a .npy as it is; text tokenised once and packed, in `out`/tokens-KEY.npy.
@@ -1605,12 +1614,16 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     bos = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
     words, prompts, answers = WORDS.split(), [], []
-    for _ in range(count):
+    while len(prompts) < count:
         drawn = torch.randperm(256, generator=draw)[:needles].tolist()
         names = [f"{words[i // 16]}-{words[i % 16]}" for i in drawn]
         numbers = torch.randint(10_000, 100_000, (needles,), generator=draw).tolist()
         hidden = [encode(NEEDLE.format(*pair)) for pair in zip(names, numbers)]
         question = encode(QUESTION.format(names[0]))
+        # as it is written behind the question, which may be other tokens than on its own
+        answer = encode(f"{QUESTION.format(names[0])} {numbers[0]}")[len(question) :]
+        if answers and len(answer) != len(answers[0]):
+            continue  # another number: with some tokenizers their lengths differ
         room = length - len(bos) - len(question) - sum(map(len, hidden))
         start = int(torch.randint(len(filler) - room, (1,), generator=draw))
         text = filler[start : start + room].tolist()
@@ -1618,7 +1631,7 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
         for place, sentence in sorted(zip(places, hidden), reverse=True):
             text[place:place] = sentence
         prompts.append(bos + text + question)
-        answers.append(encode(f" {numbers[0]}"))
+        answers.append(answer)
     return torch.tensor(prompts), torch.tensor(answers)
 
 @torch.no_grad()
@@ -1751,6 +1764,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     names = list(dict.fromkeys([s.select, *s.baselines]))
     words = corpus.words() if "ar" in names else None
     base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), s.seed, s.mixer]
+    own = (of for of in MIXERS[s.mixer].__mro__ if issubclass(of, LinearAttention))
+    base += map(inspect.getsource, own)  # an edited mixer starts anew
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
     base += [corpus.identity, weights]
     batches = {stage: corpus.batches(stage, budget) for stage, budget in b.items()}
@@ -1795,7 +1810,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
                 rest_lr=b["select"].rest_lr, at_once=s.candidates_at_once,
                 evaluate_every=s.evaluate_every, early_stop=s.early_stop,
                 micro_batch=s.micro_batch, checkpoint=of_group, shard=s.shard)  # fmt: skip
-            one = gather(one)[0]  # a tie may fall otherwise on another GPU
+            one = gather(one)[0]  # ties may break differently on another GPU
         found[title if name == s.select else name] = dataclasses.asdict(one)
     selection = found[title] = {"name": title, **found[title]}
     if title == "kl-guided":
@@ -1841,7 +1856,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
 
 def recompute_activations(model) -> None:
     """Gradient checkpointing of every decoder layer in training (renamed within transformers 5)."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    new = hasattr(model, "activation_checkpointing_enable")
+    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)()
 
 def machine(device: str) -> str:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
@@ -1871,6 +1887,8 @@ def table(rows: list[dict]) -> str:
             return ", ".join(f"{name}: {cell(v)}" for name, v in value.items())
         if isinstance(value, list):
             return " ".join(map(cell, value)) or "-"
+        if value is None:
+            return "-"
         if isinstance(value, float):
             return f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
         return f"{value:,}" if isinstance(value, int) else value
@@ -1901,7 +1919,7 @@ def markdown(report) -> str:
 
 def plan(s, teacher) -> str:
     """What a run will train, by arithmetic."""
-    L, students = len(teacher.model.layers), 1 + len(s.baselines)
+    L, students = len(teacher.model.layers), len({s.select, *s.baselines})
     K, memory = s.softmax_layers, 18 * teacher.num_parameters() / 2**30
     runs = {"ga-s2": L, "gr-s2": L, "avg-s2": 2 * L, "greedy": sum(range(L - K + 1, L + 1))}
     gates = -(-100 // s.budgets["select"].steps)  # at least 100 steps

@@ -876,6 +876,10 @@ def test_candidates_in_groups_and_in_turn_score_as_all_at_once(tmp_path):
     early = score(at_once=2, early_stop=2, checkpoint=kept)
     assert equal(before, weights(student))
     assert early == {i: curve[:3] for i, curve in scores[0].items()}  # settled at step 2 of 4
+    # the same after a stop that left one group an interval or two ahead of the other
+    ahead = lambda sets: hd.Checkpoint(tmp_path / f"ahead-{sets}", keep=False)
+    hd.score_layers(*args[:4], {i: ALONE[i] for i in (0, 1)}, 4, **how, checkpoint=ahead, at_once=2)
+    assert score(at_once=2, early_stop=2, checkpoint=ahead) == early
 
 # (steps of 64 tokens: 4 for each layer, 100 for gates; looks at a whole model)
 COSTS = {"ga-s2": (16, 0), "gr-s2": (16, 0), "avg-s2": (32, 0), "greedy": (16, 0)}
@@ -885,7 +889,9 @@ COSTS |= {"mse": (0, 5), "ppl": (0, 5), "zero-shot": (0, 4)}
 @pytest.mark.parametrize("name", [name for name in hd.SELECTORS if name not in ("smart", "ar")])
 def test_every_selector_finds_the_planted_layer(name):
     found = select_by(planted([2]), name)
-    assert found.chosen == [2] and sorted(found.ranking) == [0, 1, 2, 3] == sorted(found.importance)
+    assert found.chosen == [2] and sorted(found.ranking) == [0, 1, 2, 3]
+    scored = 2 if name == "gates+ga-s2" else 4
+    assert name == "greedy" or hd.best_first(found.importance) == found.ranking[:scored]
     assert (found.tokens / 64, found.evaluations) == COSTS[name]
 
 def test_ar_asks_the_teacher_without_a_layer():
@@ -1164,7 +1170,7 @@ def test_a_run_gives_every_row_the_same_training(folder, held_out, monkeypatch):
     more = ("--softmax-layers", "2", "--baselines", "last", "--finetune-lr", "1e-6")
     assert hd.main(arguments(folder, *together, *more)) == 0 and len(steps) == 2 * (2 + 1)
 
-def test_a_changed_data_file_or_teacher_is_not_taken_for_the_old_one(folder):
+def test_changed_data_teacher_or_mixer_is_not_taken_for_the_old_one(folder, monkeypatch):
     pytest.importorskip("datasets")
     more = ("--select", "1", "--baselines", "none", "--data", folder / "a.txt", "--held-out", "4")
     perplexities = []
@@ -1176,6 +1182,9 @@ def test_a_changed_data_file_or_teacher_is_not_taken_for_the_old_one(folder):
         assert hd.main(arguments(folder, *more)) == 0
         perplexities.append(report(folder / "run")["rows"][0]["perplexity"])
     assert len(set(perplexities)) == 3
+    monkeypatch.setattr(hd.inspect, "getsource", lambda of: f"{of.__name__}, edited")
+    assert hd.main(arguments(folder, *more)) == 0
+    assert len([*(folder / "run").glob("align-*")]) == 4
 
 def test_iterated_selection_is_the_same_one_candidate_at_a_time(folder):
     """Each round scores the same layers beside others: no round may read another one's scores."""
@@ -1381,6 +1390,13 @@ def test_needle_prompts_hold_their_answer():
         name = prompt.split("magic number for ")[-1].removesuffix(" is")
         assert f"The special magic number for {name} is{answer}." in prompt
         assert prompt.count("special magic number") == 4 + 2
+
+def test_needles_are_written_as_the_tokenizer_writes_them_behind_the_question():
+    encode = lambda text, **_: [len(word) % 5 for word in text.split(" ")] + [9] * text.count("7")
+    ragged = types.SimpleNamespace(encode=encode, bos_token_id=None)  # a token more for every 7
+    _, answers = hd.needle_prompts(ragged, np.arange(900), 1, 9, 90, hd.seeded("needle"))
+    assert answers.shape[0] == 9 and answers[0, 0] == 0  # "12345" alone, without an empty word
+    assert hd.TokenCorpus(np.arange(99), 9, 0).recall(None) == {"recall": None, "needles": {}}
 
 def test_recall_counts_whole_answers():
     def generate(tokens, **how):  # the first token right, the second for every other prompt
