@@ -557,8 +557,9 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     everything = nn.ModuleList(models).train()
     name = checkpoint.folder.name if checkpoint else ""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # the peak of this stage, not of those before
+    gpu = next((p.device for p in parameters if p.is_cuda), None)
+    if gpu is not None:
+        torch.cuda.reset_peak_memory_stats(gpu)  # the peak of this stage, not of those before
     for p in parameters:
         p.data = p.data.float()
     try:
@@ -590,7 +591,7 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
             row |= {"step": step + 1, "lr": max(group["lr"] for group, _ in peaks)}
             row |= {"tokens": len(models) * tokens.numel(), "micro_batch": micro_batch}
             row |= {"seconds": time.monotonic() - clock}
-            row |= {"peak_bytes": torch.cuda.max_memory_allocated()}  # 0 without a GPU
+            row |= {"peak_bytes": torch.cuda.max_memory_allocated(gpu)}  # 0 without a GPU
             if evaluation and (step + 1 == steps or (step + 1) % (evaluate_every or steps) == 0):
                 row |= evaluation()
             history.append(row)
