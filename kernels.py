@@ -246,13 +246,13 @@ def prepared(NP, factors, chunk, C: constexpr):
 
 @jit
 def decay(g, C: constexpr):
-    """log-decays [C] -> D [C, C], gamma [C], gamma_C / gamma [C], gamma_C.
+    """log-decays [C], at least -1e4 -> D [C, C], gamma [C], gamma_C / gamma [C], gamma_C.
 
     log gamma = cumsum(g) is summed in fp64 (C numbers) and split into high + low: its differences
     are exponents, and -1000.0 - (-1000.1) loses four digits in fp32. D is masked before exp (above
     the diagonal it overflows) and after. A g of -inf would be inf - inf: exp is 0 at -1e4 already.
     """
-    g = tl.where(g < -1e4, -1e4, g).to(tl.float64)
+    g = g.to(tl.float64)
     total, log_gamma = tl.sum(g, 0), tl.cumsum(g, 0)
     high = log_gamma.to(tl.float32)
     low = (log_gamma - high.to(tl.float64)).to(tl.float32)
@@ -311,7 +311,8 @@ def prepare_kernel(
     bk = load_tile(k + at_k, left, 0, H * DK, DK, C, BK)
     b = tl.load(beta + at + r * HV, mask=r < left, other=0.0)
     rq, rk = inverse_length(bq, NORM) * scale, inverse_length(bk, NORM)
-    D, gamma, rest, gamma_C = decay(tl.load(g + at + r * HV, mask=r < left, other=0.0), C)
+    bg = tl.load(g + at + r * HV, mask=r < left, other=0.0)
+    D, gamma, rest, gamma_C = decay(tl.maximum(bg, -1e4, tl.PropagateNan.ALL), C)
     x = factors + chunk * 5 * C + r
     tl.store(x, gamma * rq)
     tl.store(x + C, gamma * rk)
@@ -456,7 +457,8 @@ def backward_chunk_kernel(
     # 2. dP = dO U~^T,  dM = -beta X U~^T for i > j,  E = dP * P,  F = dM * M; dP D and dM D
     #    also times scale / |q| / |k| and 1 / |k|^2: they meet q and k as in memory
     rq, rk = inverse_length(bq, NORM), inverse_length(bk, NORM)
-    D, _, _, gamma_C = decay(tl.load(g + at + r * HV, mask=r < left, other=0.0), C)
+    bg = tl.load(g + at + r * HV, mask=r < left, other=0.0)
+    D, _, _, gamma_C = decay(tl.maximum(bg, -1e4), C)  # a NaN is in P already
     D *= (b * rk)[None, :]
     bdP *= D * (scale * rq)[:, None]
     bdM = tl.where(r[:, None] > r[None, :], -bdM * D * (b * rk)[:, None], 0.0)

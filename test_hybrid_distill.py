@@ -206,8 +206,10 @@ def test_interpreted_triton_packed_and_fp16():
     right(half, 5e-3, backend="triton")
     single = kernels.example(1, 70, 1, 1, 32, 16)[:5]
     single[3][0, 66] = math.nan  # is seen from there on, not taken for a decay
-    nan = rule(*single, use_qk_l2norm_in_kernel=True, backend="triton")[0].isnan()
-    assert nan[:, 66:].all() and not nan[:, :64].any()
+    x = [t.requires_grad_() for t in single]
+    o = rule(*x, use_qk_l2norm_in_kernel=True, backend="triton")[0]
+    assert o[:, 66:].isnan().all() and not o[:, :64].isnan().any()
+    assert all(dx.isnan().any() for dx in torch.autograd.grad(o.sum(), x))
     with pytest.raises(ValueError, match="scale must be a number"):
         rule(*half[:5], scale=torch.ones((), requires_grad=True), backend="triton")
 
