@@ -1620,9 +1620,10 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
         names = [f"{words[i // 16]}-{words[i % 16]}" for i in drawn]
         numbers = torch.randint(10_000, 100_000, (needles,), generator=draw).tolist()
         hidden = [encode(NEEDLE.format(*pair)) for pair in zip(names, numbers)]
-        question = encode(QUESTION.format(names[0]))
+        asked = QUESTION.format(names[0])
+        question = encode(asked)
         # as it is written behind the question, which may be other tokens than on its own
-        answer = encode(f"{QUESTION.format(names[0])} {numbers[0]}")[len(question) :]
+        answer = encode(f"{asked} {numbers[0]}")[len(question) :]
         if answers and len(answer) != len(answers[0]):
             continue  # another number: with some tokenizers their lengths differ
         room = length - len(bos) - len(question) - sum(map(len, hidden))

@@ -15,7 +15,7 @@ Glossary: a tensor is [B, T, H, D] everywhere, a state [B, HV, Dk, Dv]
     g          [B, T, HV]        log-decay <= 0, alpha = exp(g)
     beta       [B, T, HV]        write strength
     C          at most 64        chunk length
-    Q, K, V    [C, Dk or Dv]     one chunk: Q = scale q, K = k; with the norm q / |q|, k / |k|
+    Q, K, V    [C, Dk or Dv]     one chunk: Q = scale q, K = k, with the norm of q / |q|, k / |k|
     S          [Dk, Dv]          the state; S_0 and S_C at the start and the end of a chunk
     gamma      [C]               decay since the chunk began, exp(cumsum(g)); gamma_C the last
     D          [C, C]            D_ij = gamma_i / gamma_j for i >= j, else 0
@@ -808,11 +808,10 @@ def chunk_gated_delta_rule(
 ):  # fmt: skip
     """recurrent_gated_delta_rule in chunks, with its arguments and returns.
 
-    q, k and v are brought to one dtype, gates and state to fp32 (in PyTorch all to
-    fp64 if q, k or v is).
-    cu_seqlens [N + 1]: N sequences packed in one row (B = 1), sequence n from cu_seqlens[n] to
-    cu_seqlens[n + 1] (torch.compile does not check them); then the states are [N, HV, Dk, Dv].
-    backend: "auto", "torch", "triton".
+    q, k and v are brought to one dtype, gates and state to fp32; in PyTorch all to fp64 if one of
+    q, k, v is. cu_seqlens [N + 1]: N sequences packed in one row (B = 1), sequence n from
+    cu_seqlens[n] to cu_seqlens[n + 1], which torch.compile does not check; then the states are
+    [N, HV, Dk, Dv]. backend: "auto", "torch", "triton".
     use_cache and output_router_logits, which transformers' Qwen3-Next passes down, change nothing.
     For a backward Triton keeps N, P, V~ and each chunk's state: 2 C + Dv + Dk Dv / C numbers a
     token and head. In fp16, with the norm, zero or very short q and k (1e-4) overflow: prefer bf16.
