@@ -878,7 +878,7 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
 
     student: the *all-linear* student after stage 1, with its `history` (for GA-S1). recall(model):
     an accuracy (for AR). made: a dict that keeps scores for other calls with the same arguments.
-    The rest as in `score_layers`, but `checkpoint` also gets what an early stop depends on.
+    The rest as in `score_layers`, but `checkpoint` also gets `early`: what an early stop looks at.
     """
     L = len(mixers(student))
     if student.config.softmax_layers:
@@ -889,10 +889,12 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
         raise UserError(f"strategy must be one of {', '.join(SELECTORS)}, not {strategy!r}")
     x = Scoring(student=student, teacher=teacher, batches=batches, held_out=held_out, k=k,
                 steps=steps, history=history, recall=recall, how=scoring, layers=range(L),
-                made={} if made is None else made, ranking=[], rounds=[], tokens=0, evaluations=0)
+                made={} if made is None else made, ranking=[], rounds=[], trained=0, evaluations=0)
     importance = SELECTORS[strategy](x)
-    ranking = x.ranking or best_first(importance)
-    return Selection(ranking[:k], ranking, importance, x.rounds, x.tokens, x.evaluations)
+    ranking, tokens = x.ranking or best_first(importance), 0
+    if x.trained:  # steps; without any there need be no batch
+        tokens = x.trained * (batches(0) if callable(batches) else batches[0]).numel()
+    return Selection(ranking[:k], ranking, importance, x.rounds, tokens, x.evaluations)
 
 def best_first(importance) -> list[int]:
     return sorted(importance, key=importance.get, reverse=True)
@@ -905,31 +907,24 @@ class Scoring(types.SimpleNamespace):
 
         kept: what the sets share, for the record; k: how many of the lowest an early stop watches.
         """
-        k, how, stop = k or self.k, dict(self.how), self.how.get("early_stop", 0)
+        k, stop, save = k or self.k, self.how.get("early_stop"), self.how.get("checkpoint")
         early = [stop, k, *sets.values()] if stop else []
-        names = {i: str([layers, early]) for i, layers in sets.items()}
-        points = 2 if trained else 1  # of training, of step 0
-        new = {i: sets[i] for i in sets if len(self.made.get(names[i], ())) < points}
-        if not trained:
-            how |= {"checkpoint": None, "early_stop": 0}
-        elif how.get("checkpoint"):
-            how["checkpoint"] = lambda group: self.how["checkpoint"](group, early)
-        if new:
-            found = score_layers(self.student, self.teacher, self.batches, self.held_out, new,
-                                 self.steps if trained else 0, k=k, **how)  # fmt: skip
-            self.made.update({names[i]: curve for i, curve in found.items()})
-        curves = {i: self.made[names[i]] for i in sets}
+        save, steps, points = save and functools.partial(save, early=early), self.steps, 2
+        if not trained:  # step 0 alone, which a training has scored too
+            save, stop, steps, points = None, 0, 0, 1
+        how = self.how | {"checkpoint": save, "early_stop": stop}
+        curves = {i: self.made.get(str([sets[i], early]), []) for i in sets}
+        if new := {i: sets[i] for i in sets if len(curves[i]) < points}:
+            curves |= score_layers(self.student, self.teacher, self.batches, self.held_out, new,
+                                   steps, k=k, **how)  # fmt: skip
+            self.made |= {str([sets[i], early]): curves[i] for i in new}
         if trained:
-            self.spend(sum(curve[-1]["step"] for curve in curves.values()))
+            self.trained += sum(curve[-1]["step"] for curve in curves.values())
         else:
             curves = {i: curve[:1] for i, curve in curves.items()}
             self.evaluations += len(sets)
         self.rounds.append({"kept": kept or [], "curves": curves})
         return {i: curve[-1]["kl"] for i, curve in curves.items()}
-
-    def spend(self, steps):
-        batch = self.batches(0) if callable(self.batches) else self.batches[0]
-        self.tokens += steps * batch.numel()
 
 # Each selector: a Scoring -> {layer: importance}, larger = keep.
 
@@ -1041,15 +1036,13 @@ def gates(x, lr=0.1, pull=0.5):
 
     # Adam's first steps are as long for every gate: they need many to part.
     steps = max(100, x.steps) if callable(x.batches) else x.steps
-    groups = [{"params": list(theta), "lr": lr, "weight_decay": 0.0}]
-    save = x.how.get("checkpoint")
+    how = {name: x.how.get(name) for name in ("micro_batch", "evaluate_every")}
+    if save := x.how.get("checkpoint"):
+        how["checkpoint"] = save({"gates": ["gates", lr, pull]}, early=[])
     with replaced(student, x.layers, mixed):
-        history = train(
-            [theta], adamw(groups), losses, x.batches, steps, shared=True,
-            checkpoint=save and save({"gates": ["gates", lr, pull]}, []),
-            micro_batch=x.how.get("micro_batch"), evaluate_every=x.how.get("evaluate_every"),
-            evaluation=lambda: {"a": theta[0].sigmoid().tolist()})  # fmt: skip
-    x.spend(steps)
+        history = train([theta], adamw(parameter_groups(theta, 0, lr)), losses, x.batches, steps,
+                        evaluation=lambda: {"a": theta[0].sigmoid().tolist()}, shared=True, **how)
+    x.trained += steps
     return dict(enumerate(history[-1]["a"]))
 
 def gates_ga_s2(x):
