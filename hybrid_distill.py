@@ -30,6 +30,7 @@ First the method, in the order of the paper; then the plumbing, which the method
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -637,7 +638,15 @@ def back_propagate(losses, tokens, micro_batch, parameters, shared=False):
         micro_batch = (micro_batch + 1) // 2
         print(f"out of GPU memory: {micro_batch} sequences at a time from here on", file=sys.stderr)
     sums = {name: float(loss) for name, loss in sums.items()}
-    return (sum_over_processes(sums, parameters) if world > 1 else sums), micro_batch
+    if world == 1:
+        return sums, micro_batch
+    for p in parameters if not cut else ():  # `fully_shard` has summed those
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
+    total = collections.Counter()  # whose update adds; a process without a sequence has no losses
+    for of_process in gather(sums):
+        total.update(of_process)
+    return dict(total), micro_batch
 
 def adamw(groups) -> list:
     """[AdamW] with the betas of [2], one fused kernel a step on a GPU."""
@@ -761,23 +770,8 @@ def gather(value) -> list:
         dist.all_gather_object(values, value)
     return values
 
-def sum_over_processes(losses: dict, parameters) -> dict:
-    """{name: loss} and, in place, gradients; what a process does not have counts as zero."""
-    for p in parameters:
-        if not isinstance(p, DTensor):  # `fully_shard` has summed those
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-    total = {}
-    for of_process in gather(losses):
-        for name, loss in of_process.items():
-            total[name] = total.get(name, 0.0) + loss
-    return total
-
 def whole(tensor):
-    """A tensor that is cut over the processes, put together; gradients are summed on the way back.
-
-    Any other tensor is returned as it is.
-    """
+    """A cut tensor put together, its gradient summed on the way back; any other as it is."""
     cut = isinstance(tensor, DTensor)
     return tensor.full_tensor(grad_placements=[Partial()]) if cut else tensor
 
@@ -889,7 +883,8 @@ def select_layers(student, teacher, batches, held_out, k, steps, strategy="ga-s2
         raise UserError(f"strategy must be one of {', '.join(SELECTORS)}, not {strategy!r}")
     x = Scoring(student=student, teacher=teacher, batches=batches, held_out=held_out, k=k,
                 steps=steps, history=history, recall=recall, how=scoring, layers=range(L),
-                made={} if made is None else made, ranking=[], rounds=[], trained=0, evaluations=0)
+                made={} if made is None else made,
+                ranking=[], rounds=[], trained=0, evaluations=0)  # fmt: skip
     importance = SELECTORS[strategy](x)
     ranking, tokens = x.ranking or best_first(importance), 0
     if x.trained:  # steps; without any there need be no batch
@@ -1041,7 +1036,8 @@ def gates(x, lr=0.1, pull=0.5):
         how["checkpoint"] = save({"gates": ["gates", lr, pull]}, early=[])
     with replaced(student, x.layers, mixed):
         history = train([theta], adamw(parameter_groups(theta, 0, lr)), losses, x.batches, steps,
-                        evaluation=lambda: {"a": theta[0].sigmoid().tolist()}, shared=True, **how)
+                        evaluation=lambda: {"a": theta[0].sigmoid().tolist()}, shared=True,
+                        **how)  # fmt: skip
     x.trained += steps
     return dict(enumerate(history[-1]["a"]))
 
