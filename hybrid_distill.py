@@ -818,7 +818,14 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
         raise UserError("this student has no linear layer to align")
 
     def losses(tokens):
-        seen = attention_io(teacher, tokens, [int(i) for i in training])
+        seen = {}  # {layer: (x_l, y_l)}, [B, T, D] each, of one teacher pass
+
+        def remember(i, how, y):
+            seen[i] = how["hidden_states"], y
+            return y
+
+        with torch.no_grad(), replaced(teacher, mixers(student), remember):
+            last_hidden(teacher, tokens)
         for i, mixer in training.items():
             x, y = seen.pop(int(i))
             with autocast(student):
@@ -829,19 +836,6 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
     optimizers = adamw(parameter_groups(nn.ModuleDict({"self_attn": training}), lr, 0))
     return train([training], optimizers, losses, batches, steps, schedule=schedule,
                  micro_batch=micro_batch, checkpoint=checkpoint, shared=True)  # fmt: skip
-
-@torch.no_grad()
-def attention_io(model, tokens, layers) -> dict[int, tuple]:
-    """{l: (x_l, y_l)}: input and output [B, T, D] of the attention of `layers`, in one pass."""
-    seen = {}
-
-    def remember(i, how, y):
-        seen[i] = how["hidden_states"], y
-        return y
-
-    with replaced(model, layers, remember):
-        last_hidden(model, tokens)
-    return seen
 
 @contextlib.contextmanager
 def replaced(model, layers, output=lambda i, how, y: torch.zeros_like(y)):
@@ -1093,8 +1087,7 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
             seen = [row for row in history if "held_out" in row and row["step"] <= end]
             for i in group:
                 mine[i] = [{"step": row["step"], **row["held_out"][f"layer {i}"]} for row in seen]
-        found = {i: curve for of_process in gather(mine) for i, curve in of_process.items()}
-        curves = {i: found[i] for i in layers}
+        curves = dict(sorted(pair for of_process in gather(mine) for pair in of_process.items()))
         if early_stop and settled(curves, early_stop, k):
             break
     return curves
@@ -1137,19 +1130,18 @@ def held_out_kl(models: dict, teacher, held_out) -> dict[str, dict]:
 
     Without dropout, also between two steps of training.
     """
-    modes = {name: model.training for name, model in models.items()}
+    together = nn.ModuleList(models.values())
+    training = any(model.training for model in together)
     sums = {name: {"kl": 0.0, **{f"kl_{kind}": 0.0 for kind in held_out}} for name in models}
     every = sum(tokens.numel() for batches in held_out.values() for tokens in batches)
-    for model in models.values():
-        model.eval()
+    together.eval()
     for kind, batches in held_out.items():
         of_kind = sum(tokens.numel() for tokens in batches)
         for tokens in batches:
             for name, kl, _ in kl_to_teacher(models, teacher, tokens.to(teacher.device)):
                 sums[name]["kl"] += float(kl) * tokens.numel() / every
                 sums[name][f"kl_{kind}"] += float(kl) * tokens.numel() / of_kind
-    for name, model in models.items():
-        model.train(modes[name])
+    together.train(training)
     return sums
 
 # What was published with [1]'s code, 0-based, best first. Of a ga_s2 of nine layers only the first
