@@ -568,8 +568,8 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
         if evaluation and not history:
             history.append({"step": 0, **evaluation()})
         start = history[-1]["step"] if history else 0
-        sizes = micro_batch, history[-1].get("micro_batch") if history else None
-        micro_batch = min((n for n in sizes if n), default=None)  # halved before the stop, or given
+        if start:  # as given, or as halved before the stop
+            micro_batch = min(micro_batch or math.inf, history[-1]["micro_batch"])
         hide, clock = not name or start >= end or rank_and_world()[0] > 0, time.monotonic()
         for step in tqdm(range(start, end), name, initial=start, total=end, disable=hide):
             for group, peak in peaks:
@@ -670,7 +670,7 @@ def cosine(floor: float, warmup: int):
     def factor(step, steps):
         if step < warmup:
             return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
+        progress = (step - warmup) / (steps - warmup)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     return factor
 
@@ -1209,9 +1209,7 @@ def distill_logits(student, teacher, batches, steps, lr=1e-4, rest_lr=7e-6, **ho
     of attention and `rest_lr` of the rest (0 freezes it). how: micro_batch, checkpoint, as in
     `train`. Trains in place; returns the history ("kl").
     """
-    def losses(tokens):
-        return kl_to_teacher({"kl": student}, teacher, tokens)
-
+    losses = functools.partial(kl_to_teacher, {"kl": student}, teacher)
     optimizers = adamw(parameter_groups(student, lr, rest_lr))
     return train([student], optimizers, losses, batches, steps, shared=True, **how)
 
