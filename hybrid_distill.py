@@ -533,7 +533,8 @@ def check_layers(softmax_layers, L: int) -> list[int]:
 # --------------------------------------------------------------- the training loop of every stage
 
 def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_batch=None,
-          evaluation=None, evaluate_every=None, until=None, checkpoint=None, shared=False):
+          evaluation=None, evaluate_every=None, until=None, checkpoint=None,
+          shared=False):  # fmt: skip
     """The loop behind every stage -> its history, a row a step: {"step", loss: value, ..., "loss"}.
 
     models: modules, each clipped to gradient norm 1 for itself. What requires a gradient trains, in
@@ -605,8 +606,6 @@ def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_ba
         everything.eval()
     if checkpoint and start < end == steps:
         checkpoint.save(history, everything, (), shared)
-    if checkpoint and shared:
-        gather("whoever loads this stage finds it saved")
     return history
 
 def back_propagate(losses, tokens, micro_batch, parameters, shared=False):
@@ -743,6 +742,8 @@ class Checkpoint:
             dcp.save(self._state(module, optimizers), checkpoint_id=new, no_dist=not cut)
         for old in set(self.folder.glob("step-*")) - {new} if first else ():
             shutil.rmtree(old)
+        if shared:
+            gather("whoever loads this stage finds it saved")
         self.saved_at = time.monotonic()
         self.seconds = max(self.seconds, 10 * (self.saved_at - start))
 
@@ -997,9 +998,8 @@ def greedy(x):
     layers that do the same job, and costs about K times as much."""
     kept, importance = [], {}
     while len(kept) < x.k:
-        others = [i for i in x.layers if i not in kept]
-        kl = x.kl({i: [*kept, i] for i in others}, kept, k=1)
-        importance |= {i: -kl[i] for i in others}
+        kl = x.kl({i: [*kept, i] for i in x.layers if i not in kept}, kept, k=1)
+        importance |= {i: -kl[i] for i in kl}
         order = sorted(kl, key=kl.get)
         kept, x.ranking = [*kept, order[0]], kept + order
     return importance
