@@ -133,15 +133,14 @@ class LinearAttention(nn.Module):
         gets query head h and the KV head h // (H / H_kv) that it reads, as a whole. (The official
         code repeats single weight rows, which mixes channels of different heads.)
         """
-        Dh, weight = attn.head_dim, attn.q_proj.weight
-        H = attn.q_proj.out_features // Dh
-        groups = H // (attn.k_proj.out_features // Dh)
+        Dh, weight, config = attn.head_dim, attn.q_proj.weight, attn.config
         biases = attn.q_proj.bias is not None, attn.o_proj.bias is not None
-        mixer = cls(attn.q_proj.in_features, H, Dh, attn.layer_idx, attn.config.initializer_range,
-                    *biases, device=weight.device, dtype=weight.dtype)  # fmt: skip
+        mixer = cls(config.hidden_size, config.num_attention_heads, Dh, attn.layer_idx,
+                    config.initializer_range, *biases, weight.device, weight.dtype)  # fmt: skip
 
         def per_query_head(p):  # [H_kv * Dh, ...] -> [H * Dh, ...], whole heads
-            return p.unflatten(0, (-1, Dh)).repeat_interleave(groups, dim=0).flatten(0, 1)
+            heads = p.unflatten(0, (-1, Dh))
+            return heads.repeat_interleave(attn.num_key_value_groups, dim=0).flatten(0, 1)
 
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             expand = per_query_head if name in ("k_proj", "v_proj") else torch.clone
@@ -619,13 +618,13 @@ def back_propagate(losses, tokens, micro_batch, parameters, shared=False):
     mine = tokens.tensor_split(world)[rank].to(parameters[0].device)
     micro_batch = micro_batch or max(1, len(mine))
     while True:
-        sums = {}
+        sums = collections.Counter()
         try:
             for part in mine.split(micro_batch) if len(mine) else ():
                 share = len(part) / len(tokens)
                 for name, loss, weight in losses(part):
                     (loss * weight * share).backward()
-                    sums[name] = sums.get(name, 0.0) + loss.detach() * share
+                    sums[name] += loss.detach() * share
             break
         except torch.OutOfMemoryError:
             if micro_batch == 1 or cut:  # the others are within this batch
@@ -1011,8 +1010,7 @@ def gates(x, lr=0.1, pull=0.5):
         loss = KL(teacher || student) + pull mean_l(a_l)
     """
     student = restore_attention(x.student, x.teacher, x.layers).requires_grad_(False).train()
-    linear = copy.deepcopy(mixers(x.student))
-    nn.ModuleList(linear.values()).requires_grad_(False)
+    linear = copy.deepcopy(nn.ModuleList(mixers(x.student).values())).requires_grad_(False)
     theta = nn.ParameterList([torch.zeros(len(linear), device=student.device)])
 
     def mixed(i, how, y):
@@ -1058,9 +1056,9 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
     at_once: candidates in memory at a time, which share each teacher pass; default: an eighth of
     all, or fewer that fit. The processes of torchrun take such groups in turn, each with models of
     its own; with `shard` all of them train every group, cut over them.
-    checkpoint(some of sets): a Checkpoint for this group of candidates, or None; early stopping
-    needs them, for the groups then train in turn, one interval each.
-    Unlike the official code: held-out KL on fixed batches, not a logged training loss.
+    checkpoint(some of sets): a Checkpoint for this group; early stopping needs one, for groups then
+    train in turn, an interval each. Unlike the official code: held-out KL on fixed batches, not a
+    logged training loss.
     """
     every, layers = evaluate_every or max(1, steps // 2), list(sets)
     at_once = at_once or min(*gather(candidates_that_fit(student)), -(-len(layers) // 8))
@@ -1171,13 +1169,10 @@ RULES = ("uniform", "centred", "random", "random-1", "random-2", "first", "last"
 RULES += tuple(f"published:{score}" for score in ("ar", "ar_multihop", "mse", "ppl", "gla"))
 
 def place_layers(how: str, L: int, k: int, seed=0, teacher_name="") -> list[int]:
-    """k of L layers by a rule that looks at no data:
+    """k of L layers by a rule that looks at no data, one of RULES.
 
-    uniform    (i+1) L // k - 1, the official code's for Llama-3.2-3B; it ends with the last layer
-    centred    int((i + 1/2) L / k), the same spacing, moved to the middle
-    random     drawn with `seed`, random-1 and random-2 two more draws;  first, last: k at that end
-    published  the GA-S2 selection published for `teacher_name` (its last path component), and
-               published:ar, ... those by other scores; published:gla is GA-S2's of GLA students
+    published: the GA-S2 selection published for `teacher_name` (its last path component), and
+    published:ar, ... those by other scores; published:gla is GA-S2's of GLA students.
     """
     name, score = teacher_name.rstrip("/").split("/")[-1], how.partition(":")[2] or "ga_s2"
     published = PUBLISHED.get((name, score), [])
@@ -1192,8 +1187,8 @@ def place_layers(how: str, L: int, k: int, seed=0, teacher_name="") -> list[int]
                         f"{', '.join(known)}")  # fmt: skip
     draw = torch.Generator().manual_seed(1000 * int(how[7:] or 0) + seed if "random" in how else 0)
     return {
-        "uniform": [(i + 1) * L // k - 1 for i in range(k)],
-        "centred": [int((i + 0.5) * L / k) for i in range(k)],
+        "uniform": [(i + 1) * L // k - 1 for i in range(k)],  # the official code's: the last is in
+        "centred": [int((i + 0.5) * L / k) for i in range(k)],  # the same, moved to the middle
         "random": sorted(torch.randperm(L, generator=draw)[:k].tolist()),
         "first": list(range(k)),
         "last": list(range(L - k, L)),
