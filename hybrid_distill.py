@@ -898,10 +898,11 @@ class Scoring(types.SimpleNamespace):
         """
         k, stop, save = k or self.k, self.how.get("early_stop"), self.how.get("checkpoint")
         early = [stop, k, *sets.values()] if stop else []
-        save, steps, points = save and functools.partial(save, early=early), self.steps, 2
+        how = self.how | {"checkpoint": save and functools.partial(save, early=early)}
+        steps, points = self.steps, 2
         if not trained:  # step 0 alone, which a training has scored too
-            save, stop, steps, points = None, 0, 0, 1
-        how = self.how | {"checkpoint": save, "early_stop": stop}
+            how |= {"checkpoint": None, "early_stop": 0}
+            steps, points = 0, 1
         curves = {i: self.made.get(str([sets[i], early]), []) for i in sets}
         if new := {i: sets[i] for i in sets if len(curves[i]) < points}:
             curves |= score_layers(self.student, self.teacher, self.batches, self.held_out, new,
