@@ -320,8 +320,8 @@ class Hybrid:
     def save_pretrained(self, *args, **options):
         for mixer in map(type, mixers(self).values()):
             if mixer.__module__ != type(self).__module__:
-                raise UserError(f"{mixer.__name__} is not in the file saved with a student, "
-                                "which would load with another mixer: move it there")
+                name = mixer.__name__
+                raise UserError(f"{name} is not in the file saved with a student: move it there")
         super().save_pretrained(*args, **options)
 
 HYBRIDS = {}  # the stock class -> its hybrid: LlamaForCausalLM -> HybridLlamaForCausalLM, ...
@@ -371,9 +371,8 @@ def _check_the_cache(decoder, args, output):
     for cache in (value for value in values if isinstance(value, Cache)):
         for i in set(range(len(decoder.layers))) - set(decoder.config.softmax_layers):
             if not isinstance(cache.layers[i], RecurrentState):
-                raise RuntimeError(
-                    f"asked to use a cache, which the mixer of layer {i} was not given: "
-                    f"transformers {transformers.__version__} is not supported")  # fmt: skip
+                version = f"transformers {transformers.__version__} is not supported"
+                raise RuntimeError(f"the mixer of layer {i} was not given the cache: {version}")
 
 def mixers(model) -> dict[int, nn.Module]:
     """The linear-attention layers of a hybrid, also of a loaded one: {layer index: mixer}."""
