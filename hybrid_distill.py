@@ -56,15 +56,12 @@ from pathlib import Path
 
 import filelock
 import numpy as np
-import tokenizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -1223,6 +1220,10 @@ def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
 
 # --------------------------------------------------------------------------------------- settings
 
+def require(condition, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
 @dataclasses.dataclass
 class Budget:
     """What a stage uses: tokens in all, tokens a sequence, sequences a step, learning rates."""
@@ -1342,6 +1343,14 @@ def resolve(s, teacher):
     for name in {s.select, *s.baselines} & set(RULES):
         s.placed[name] = place_layers(name, L, k, s.seed, s.teacher)
 
+@contextlib.contextmanager
+def one_sentence(beginning: str):
+    """What a library raises for a file that is missing, broken or too new, as one sentence."""
+    try:
+        yield
+    except Exception as error:  # loaders raise all kinds
+        raise UserError(f"{beginning}: " + str(error).strip().split("\n")[0]) from error
+
 # ------------------------------------------------------------------------------------------- data
 
 def seeded(*name) -> torch.Generator:
@@ -1352,12 +1361,8 @@ def byte_tokenizer():
     """<pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3; it needs no files."""
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
     vocabulary |= {character: b + 3 for b, character in bytes_to_unicode().items()}
-    to = tokenizers
-    backend = to.Tokenizer(to.models.BPE(vocabulary, [], unk_token="<unk>"))
-    backend.pre_tokenizer = to.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = to.decoders.ByteLevel()
-    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token=None)
+    return transformers.GPT2Tokenizer(vocab=vocabulary, merges=[], **special)
 
 class EmbeddedCorpus:
     """Text that is on every machine, as bytes, and in-context recall: half of every batch each.
@@ -1471,93 +1476,61 @@ def load_tokens(s, tokenizer):
     Documents in a seeded order, with the tokenizer's own special tokens, each closed with EOS; as
     many as the largest stage and the held-out parts take.
     """
-    if s.data.endswith(".npy"):
-        if not Path(s.data).is_file():
-            raise UserError(f"cannot load --data {s.data}: there is no such file")
-        with one_sentence(f"cannot load --data {s.data}"):
-            return check_ids(np.load(s.data, mmap_mode="r"), s)
-    if s.chat and not tokenizer.chat_template:
-        raise UserError(f"--chat needs a chat template, and the tokenizer of {s.teacher} has none")
-    need = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out * s.budgets["distill"].length
-    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files_at(Path(s.data))]
-    name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, need, files])
-    file = Path(s.out) / f"tokens-{name}.npy"
-    if not file.exists() and rank_and_world()[0] == 0:
-        documents = tokenised(load_documents(s), s, tokenizer)
-        ids = itertools.islice(itertools.chain.from_iterable(documents), need)
-        with one_sentence(f"cannot read --data {s.data}"):
-            ids = np.fromiter(tqdm(ids, "tokenise", need, unit_scale=True), np.uint32)
-            check_ids(ids, s)
-        write(file, ids)
-    gather("tokenised")
-    return np.load(file, mmap_mode="r")
-
-def files_at(path: Path) -> list[Path]:
-    """The file, or every file below the folder, in order."""
-    return [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
-
-def check_ids(ids, s):
-    """ids, if they are a row of token ids of the teacher."""
-    row = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
-    if not row or not 0 <= ids.min() <= ids.max() < s.vocab:
-        raise UserError(f"it must hold a row of token ids, integers below {s.vocab}")
+    file = path = Path(s.data)
+    if path.suffix != ".npy":
+        count = max(b.tokens for b in s.budgets.values())
+        count += 2 * s.held_out * s.budgets["distill"].length
+        files = [f for f in (path, *sorted(path.rglob("*"))) if f.is_file()]
+        stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, count, stats])
+        file = Path(s.out) / f"tokens-{name}.npy"
+        if not file.exists() and rank_and_world()[0] == 0:
+            documents = load_documents(s, files)
+            with one_sentence(f"cannot read --data {s.data}"):
+                ids = itertools.islice(tokenised(documents, s, tokenizer), count)
+                ids = np.fromiter(tqdm(ids, "tokenise", count, unit_scale=True), np.uint32)
+            write(file, ids)
+        gather("tokenised")
+    with one_sentence(f"cannot load --data {s.data}"):
+        require(file.exists(), "there is no such file")
+        ids = np.load(file, mmap_mode="r")
+        row = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
+        right = row and 0 <= ids.min() <= ids.max() < s.vocab
+        require(right, f"it must hold a row of token ids, integers below {s.vocab}")
     return ids
 
-def tokenised(documents, s, tokenizer):
-    """Yields the ids of each document of a `datasets` dataset, closed with EOS."""
-    eos = tokenizer.eos_token_id
-    for rows in documents.iter(256):
-        if s.text_column not in rows:
-            columns = ", ".join(rows)
-            raise UserError(
-                f"{s.data} has no column {s.text_column!r}: name one with --text-column: {columns}")
-        texts = [text for text in rows[s.text_column] if text]
-        if any(not isinstance(text, list if s.chat else str) for text in texts):
-            wanted = "lists of messages" if s.chat else "text; for lists of messages give --chat"
-            raise UserError(f"{s.text_column!r} of {s.data} must hold {wanted}")
-        if s.chat:
-            texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
-        own = not s.chat  # a chat template writes the special tokens itself
-        for ids in tokenizer(texts, add_special_tokens=own)["input_ids"] if texts else ():
-            yield ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-
-def load_documents(s):
-    """The rows of --data as a streamed, shuffled `datasets` dataset."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("--data other than .npy needs the package datasets") from None
+def load_documents(s, files):
+    """The rows of --data, whose local files are `files`, as a streamed, shuffled dataset."""
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    path = Path(s.data)
-    files = [file for file in files_at(path) if file.suffix in kinds]
-    found = {kinds[file.suffix] for file in files}
-    saved = any((path / f"dataset_{what}.json").exists() for what in ("info", "dict"))
-    if path.exists() and not saved and len(found) != 1:
-        raise UserError(f"{path} must be or hold .txt, .jsonl or .parquet files of one kind")
-    streamed = dict(split="train", streaming=True)
+    path, streamed = Path(s.data), dict(split="train", streaming=True)
     with one_sentence(f"cannot load --data {s.data}, a path or hub id"):
-        if saved:
+        # not by `import`, which the hub would demand of whoever loads a student
+        datasets = importlib.import_module("datasets")
+        if not path.exists():
+            rows = datasets.load_dataset(s.data, s.data_config, **streamed)
+        elif any((path / f"dataset_{what}.json").exists() for what in ("info", "dict")):
             rows = datasets.load_from_disk(s.data)
             rows = (rows["train"] if isinstance(rows, dict) else rows).to_iterable_dataset()
-        elif path.exists():
-            how = {"sample_by": "document"} if found == {"text"} else {}
-            names = [glob.escape(str(file)) for file in files]
-            rows = datasets.load_dataset(*found, data_files=names, **how, **streamed)
         else:
-            rows = datasets.load_dataset(s.data, s.data_config, **streamed)
+            found = {kinds[file.suffix] for file in files if file.suffix in kinds}
+            require(len(found) == 1, "it must hold .txt, .jsonl or .parquet files of one kind")
+            names = [glob.escape(str(file)) for file in files if file.suffix in kinds]
+            how = {"sample_by": "document"} if found == {"text"} else {}
+            rows = datasets.load_dataset(*found, data_files=names, **how, **streamed)
     return rows.shuffle(seed=s.seed, buffer_size=10_000)
 
-# what loaders raise for files that are missing, broken, too new or of another kind
-UNREADABLE = (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, AssertionError,
-              ImportError, SafetensorError, StrictDataclassError)  # fmt: skip
-
-@contextlib.contextmanager
-def one_sentence(beginning: str):
-    """What a library's loader raises, as one sentence."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise UserError(f"{beginning}: " + str(error).strip().split("\n")[0]) from error
+def tokenised(documents, s, tokenizer):
+    """Yields the ids of all documents, each closed with EOS."""
+    eos, column = tokenizer.eos_token_id, s.text_column
+    encode = tokenizer.apply_chat_template if s.chat else tokenizer
+    for rows in documents.iter(256):
+        columns = ", ".join(rows)
+        require(column in rows, f"it has no column {column!r}: --text-column is one of {columns}")
+        texts = [text for text in rows[column] if text]
+        right = all(isinstance(text, list if s.chat else str) for text in texts)
+        require(right, f"{column!r} must hold text or, for --chat, lists of messages")
+        for ids in encode(texts)["input_ids"] if texts else ():
+            yield from ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 # ------------------------------------------------------------------------------------- evaluation
 
