@@ -1283,11 +1283,11 @@ def parse(argv=None) -> argparse.Namespace:
     add("--shard", action="store_true", help="with torchrun: cut each student over the processes")
     add("--held-out", type=int, default=64, help="sequences in each of validation and test part")
     add("--dry-run", action="store_true", help="print the plan and stop")
+    hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     for stage, budget in PAPER.items():
-        for name, default in dataclasses.asdict(budget).items():
-            if default:  # stages 1 and 3 have no rest_lr
-                option = f"--{stage}-{name.replace('_', '-')}"
-                add(option, type=type(default), help=argparse.SUPPRESS)
+        for name, value in dataclasses.asdict(budget).items():
+            if value:  # stages 1 and 3 have no rest_lr
+                add(f"--{stage}-{name.replace('_', '-')}", type=type(value), **hidden)
     return parser.parse_args(argv)
 
 def resolve(s, teacher):
@@ -1295,51 +1295,45 @@ def resolve(s, teacher):
 
     teacher: its weights do not matter, and may be on the meta device.
     """
-    if bool(s.teacher) != bool(s.data):
-        raise UserError("--teacher and --data go together; without both, all is embedded")
-    if not s.teacher and (s.chat or s.data_config or s.dtype or s.text_column != "text"):
+    require(bool(s.teacher) == bool(s.data), "--teacher and --data go together or not at all")
+    text, world = s.chat or s.text_column != "text", rank_and_world()[1]
+    if not s.teacher and (text or s.data_config or s.dtype):
         raise UserError("--chat, --data-config, --text-column and --dtype are for a --teacher")
     if s.data_config and Path(s.data).exists():
         raise UserError(f"--data-config is for a hub dataset, and {s.data} is a local path")
+    if s.data.endswith(".npy") and text:
+        raise UserError("--chat and --text-column are for text: a .npy holds token ids")
     for name in ("candidates_at_once", "evaluate_every", "micro_batch", "early_stop", "seed"):
         if not 0 <= (getattr(s, name) or 0) < 2**32:
             raise UserError(f"--{name.replace('_', '-')} must be within 0..2^32-1")
-    if s.held_out < 1:
-        raise UserError(f"--held-out must be at least 1 sequence, not {s.held_out}")
-    if s.data.endswith(".npy") and (s.chat or s.text_column != "text"):
-        raise UserError("--chat and --text-column are for text: a .npy holds token ids")
+    require(s.held_out > 0, f"--held-out must be at least 1 sequence, not {s.held_out}")
     with one_sentence(f"cannot use --device {s.device}"):
         torch.empty(1, device=s.device).item()
-    if s.device not in ("cpu", "cuda") and rank_and_world()[1] > 1:
+    if s.device not in ("cpu", "cuda") and world > 1:
         raise UserError(f"torchrun gives each process its GPU: --device cuda, not {s.device}")
-    if s.shard and rank_and_world()[1] == 1:
-        raise UserError("--shard cuts a student over processes: start several with torchrun")
+    require(world > 1 or not s.shard, "--shard is for several processes: start them with torchrun")
+    check_mixer(s.mixer)
     L, large, s.budgets = len(teacher.model.layers), teacher.num_parameters() >= 10**9, {}
     for stage, default in (PAPER if large else SMALL if s.teacher else EMBEDDED).items():
-        given = {n: getattr(s, f"{stage}_{n}", None) for n in dataclasses.asdict(default)}
-        given = {n: value for n, value in given.items() if value is not None}
-        s.budgets[stage] = dataclasses.replace(default, **given)
+        values = dataclasses.asdict(default).items()
+        s.budgets[stage] = Budget(*(getattr(s, f"{stage}_{n}", value) for n, value in values))
+    s.checkpointing = large if s.checkpointing is None else s.checkpointing
     rows = "none" if large else "all-linear,uniform,centred,random"
     rows += ",first,last,random-1,random-2" if s.teacher and not large else ""
     s.baselines = [name for name in (s.baselines or rows).split(",") if name != "none"]
-    s.checkpointing = large if s.checkpointing is None else s.checkpointing
-    names, is_list = (*SELECTORS, *RULES), re.fullmatch(r"\d+(,\d+)*", s.select)
-    known = ", ".join(names)
-    check_mixer(s.mixer)
+    names, k = (*SELECTORS, *RULES), max(1, L // 4) if s.teacher else 1
+    known, s.vocab, s.placed = ", ".join(names), teacher.config.vocab_size, {"all-linear": []}
     if unknown := set(s.baselines) - {"all-linear", *names}:
         raise UserError(f"--baselines knows all-linear, {known}, not {unknown.pop()!r}")
-    listed = [int(i) for i in s.select.split(",")] if is_list else None
-    if not listed and s.select not in names:
+    if re.fullmatch(r"\d+(,\d+)*", s.select):
+        s.placed["given"] = check_layers(map(int, s.select.split(",")), L)
+        s.select, k = "given", len(s.placed["given"])
+    elif s.select not in names:
         raise UserError(f"--select must be {known} or layers such as 3,7,11, not {s.select!r}")
-    k = len(listed) if listed else s.softmax_layers
-    k = k if k is not None else max(1, L // 4) if s.teacher else 1
-    if s.softmax_layers not in (None, k) or not 1 <= k <= L:
+    k = s.softmax_layers = k if s.softmax_layers is None else s.softmax_layers
+    if not 1 <= k <= L or k != len(s.placed.get("given", range(k))):
         raise UserError(f"--softmax-layers must be within 1..{L}, the teacher's layers, and as "
-                        f"many as --select lists, not "
-                        f"{k if s.softmax_layers is None else s.softmax_layers}")  # fmt: skip
-    s.softmax_layers, s.vocab, s.placed = k, teacher.config.vocab_size, {"all-linear": []}
-    if listed:
-        s.select, s.placed["given"] = "given", check_layers(listed, L)
+                        f"many as --select lists, not {k}")  # fmt: skip
     for name in {s.select, *s.baselines} & set(RULES):
         s.placed[name] = place_layers(name, L, k, s.seed, s.teacher)
 
@@ -1371,8 +1365,6 @@ class EmbeddedCorpus:
     many pairs `k v k v ...` of distinct keys and random values as fit, then the keys in another
     order, each with its value. The selection depends on its data: on text alone another layer wins.
     """
-    KEYS, VALUES = torch.arange(68, 100), torch.arange(100, 116)  # 16 values: chance is 6 %
-
     def __init__(self, seed: int):
         import pydoc_data.topics
         self.seed, library = seed, Path(os.__file__).parent
@@ -1400,22 +1392,22 @@ class EmbeddedCorpus:
 
     def sample(self, part, count, length, draw, pairs=None):
         """(text, recall), [count / 2, length] each, `pairs` of keys and values in a row."""
-        n, pairs = count // 2, pairs or min(length // 4, len(self.KEYS))
+        n, pairs = count // 2, pairs or min(length // 4, 32)
         starts = torch.randint(len(self.text[part]) - length, (count - n, 1), generator=draw)
         text = self.text[part][starts + torch.arange(length)].long() + 3  # see byte_tokenizer
-        known = recall_prompts(self.KEYS, self.VALUES, pairs, n, draw)[0][:, :-1].view(n, pairs, 2)
+        known = recall_prompts(*self.words(), pairs, n, draw)[0][:, :-1].view(n, pairs, 2)
         rounds = -(-length // (2 * pairs))
         order = torch.rand(n, rounds, pairs, generator=draw).argsort(2).flatten(1)
         asked = known.gather(1, order[..., None].expand(-1, -1, 2))
         return text, torch.cat([known, asked], 1).flatten(1)[:, :length]
 
     def words(self):
-        return self.KEYS, self.VALUES
+        """32 keys and 16 values, single bytes: chance is 6 %."""
+        return torch.arange(68, 100), torch.arange(100, 116)
 
     def recall(self, model, count=256) -> dict:
         """The share of right answers to prompts of 32 pairs."""
-        draw = seeded(self.seed, "recall")
-        prompts = recall_prompts(self.KEYS, self.VALUES, 32, count, draw)
+        prompts = recall_prompts(*self.words(), 32, count, seeded(self.seed, "recall"))
         return {"recall": recall_accuracy(model, *prompts)}
 
 class TokenCorpus:
@@ -1443,27 +1435,25 @@ class TokenCorpus:
         return {"text": list(torch.from_numpy(rows).split(16))}
 
     def _rows(self, part, length):
-        count = len(self.parts[part]) // length
-        if count == 0:
-            raise UserError(
-                f"the {part} part has {len(self.parts[part])} tokens, too few for a sequence of "
-                f"{length}: give more data, shorter sequences or a smaller --held-out")  # fmt: skip
-        return self.parts[part][: count * length].reshape(count, length)
+        ids = self.parts[part]
+        if len(ids) < length:
+            raise UserError(f"the {part} part has {len(ids)} tokens, too few for a sequence of "
+                            f"{length}: give more data or a smaller --held-out")  # fmt: skip
+        return ids[: len(ids) // length * length].reshape(-1, length)
 
     def words(self):
         """Keys and values for associative recall: the most frequent words of one token."""
         known = self.tokenizer.get_vocab() if self.tokenizer else {}
         ids = sorted(i for word, i in known.items() if re.fullmatch("[Ġ▁][a-z]{3,}", word))
-        if len(ids) < 128:
-            raise UserError("ar needs a tokenizer with words of one token to ask for: this one has "
-                            f"{len(ids)}, and 128 are needed")  # fmt: skip
+        sentence = "ar needs a tokenizer with words of one token to ask for: this one has"
+        require(len(ids) >= 128, f"{sentence} {len(ids)}, and 128 are needed")
         return torch.tensor(ids[:128:2]), torch.tensor(ids[1:128:2])
 
     def recall(self, model, lengths=(512, 1024, 2048, 4096), count=32) -> dict:
         """The share of needles found, one or one of four, in so many tokens of the test part."""
         found, filler = {}, self.parts["test"]
-        for length in (n for n in lengths if n < len(filler)):
-            for needles in (1, 4):
+        for length, needles in itertools.product(lengths, (1, 4)):
+            if length < len(filler):
                 draw = seeded(self.seed, length, needles)
                 prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
                 found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
@@ -1539,8 +1529,8 @@ def evaluate(model, teacher, held_out: dict[str, list]) -> dict:
     """{"kl", "kl_<kind>" of each kind, "perplexity" of "text"} over {kind: [tokens, ...]}."""
     loss, count = 0.0, sum(tokens[:, 1:].numel() for tokens in held_out["text"])
     for tokens in held_out["text"]:
-        tokens = tokens.to(model.device)
-        hidden, labels = last_hidden(model, tokens)[:, :-1], tokens[:, 1:]
+        labels = tokens[:, 1:].to(model.device)
+        hidden = last_hidden(model, tokens.to(model.device))[:, :-1]
         loss += float(cross_entropy_loss(hidden, model.lm_head, labels)) * labels.numel() / count
     return {**held_out_kl({"": model}, teacher, held_out)[""], "perplexity": math.exp(loss)}
 
@@ -1588,10 +1578,10 @@ def recall_accuracy(model, prompts, answers, batch: int = 32) -> float:
     """The share of prompts [N, P] that the model, written greedily, goes on with answer [N, A]."""
     right, A = 0, answers.shape[1]
     greedy = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1)
+    greedy |= dict(repetition_penalty=1.0, pad_token_id=0)
     for tokens, answer in zip(prompts.split(batch), answers.split(batch)):
         tokens = tokens.to(model.device)
-        written = model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0,
-                                 repetition_penalty=1.0, **greedy)  # fmt: skip
+        written = model.generate(tokens, attention_mask=torch.ones_like(tokens), **greedy)
         right += int((written[:, -A:].cpu() == answer).all(1).sum())
     return right / len(prompts)
 
@@ -1648,11 +1638,8 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
         torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
-    def schedule(step, steps):
-        return min(1, (step + 1) / 20, (steps - step) / (0.4 * steps))
-
-    how = dict(schedule=schedule, checkpoint=Checkpoint(folder))
-    train([teacher], optimizers, losses, batches, steps, **how)
+    how = dict(schedule=lambda step, n: min(1, (step + 1) / 20, (n - step) / (0.4 * n)))
+    train([teacher], optimizers, losses, batches, steps, **how, checkpoint=Checkpoint(folder))
     teacher.save_pretrained(folder / "new")
     byte_tokenizer().save_pretrained(folder / "new")
     os.replace(folder / "new", folder / "model")
@@ -1671,28 +1658,26 @@ def look_back(attn, inv_freq, sharpness: float = 20.0) -> None:
 
 def skeleton(s):
     """The teacher without weights, on the meta device; UserError says what --teacher is instead."""
-    config = EMBEDDED_TEACHER
-    if s.teacher:
-        with one_sentence(f"cannot use --teacher {s.teacher}, a folder or hub id"):
+    config, known = EMBEDDED_TEACHER, [base.config_class.model_type for base in HYBRIDS]
+    with one_sentence(f"cannot use --teacher {s.teacher}, a folder or hub id"):
+        if s.teacher:
             code = dict(trust_remote_code=s.trust_remote_code)
             config = transformers.AutoConfig.from_pretrained(s.teacher, **code)
-            known = {base.config_class.model_type: base.__name__ for base in HYBRIDS}
-            if config.model_type not in known:
-                raise UserError(f"it is a {config.model_type!r} model; supported are "
-                                + ", ".join(known.values()))  # fmt: skip
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        kind = config.model_type
+        require(kind in known, f"it is a {kind!r} model; supported are {', '.join(known)}")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
 
 def load_teacher(s):
     """(teacher, tokenizer) of --teacher, in --dtype on --device; UserError says what is wrong."""
     dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
-    how = dict(dtype=getattr(torch, dtype), output_loading_info=True)
     code = dict(trust_remote_code=s.trust_remote_code)
+    how = dict(dtype=getattr(torch, dtype), output_loading_info=True)
     with one_sentence(f"cannot use --teacher {s.teacher}, a folder or hub id with a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(s.teacher, **code)
         teacher, info = AutoModelForCausalLM.from_pretrained(s.teacher, **how, **code)
-        if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
-            raise UserError(f"it lacks {len(wrong)} of its weights, such as {wrong[0]}")
+        wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+        require(not wrong, f"it lacks {len(wrong)} of its weights, such as {wrong[:1]}")
     return teacher.to(s.device).eval(), tokenizer
 
 # ---------------------------------------------------------------------------------------- the run
