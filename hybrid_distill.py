@@ -1380,10 +1380,8 @@ class EmbeddedCorpus:
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part."""
-        def at(step):
-            draw = seeded(self.seed, stage, step)
-            return torch.cat(self.sample("train", b.batch, b.length, draw))
-        return at
+        draw = functools.partial(seeded, self.seed, stage)
+        return lambda step: torch.cat(self.sample("train", b.batch, b.length, draw(step)))
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
         """{"text": [tokens, ...], "recall": [...]}, `count` sequences in all."""
@@ -1694,9 +1692,9 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     another K, baseline or later budget pays for itself alone. Of the processes of torchrun the
     first one evaluates and writes.
     """
-    out, L, b, first = Path(s.out), len(teacher.model.layers), s.budgets, rank_and_world()[0] == 0
+    out, b, first = Path(s.out), s.budgets, rank_and_world()[0] == 0
     names = list(dict.fromkeys([s.select, *s.baselines]))
-    words = corpus.words() if "ar" in names else None
+    words = corpus.words() if "ar" in names else ()
     base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), s.seed, s.mixer]
     own = (of for of in MIXERS[s.mixer].__mro__ if issubclass(of, LinearAttention))
     base += map(inspect.getsource, own)  # an edited mixer starts anew
@@ -1721,18 +1719,17 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         return stage(student, *teacher, batches[name], b[name].steps, b[name].lr, **rates,
                      micro_batch=s.micro_batch, checkpoint=saved)  # fmt: skip
 
+    def recall(model):
+        return recall_accuracy(model, *recall_prompts(*words, 32, 256, seeded(s.seed, "ar")))
+
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
     if s.checkpointing:
         recompute_activations(student)
     aligned = train_stage("align", align_hidden_states, checkpoint("align", b["align"]),
                           student, teacher, final_lr=b["align"].lr / 100)  # fmt: skip
-
-    def recall(model):
-        return recall_accuracy(model, *recall_prompts(*words, 32, 256, seeded(s.seed, "ar")))
-
     title = "kl-guided" if s.select in ("ga-s2", "greedy") else s.select
-    found, made = {"teacher": {"chosen": [*range(L)]}}, {}
+    found, made = {"teacher": {"chosen": [*range(len(teacher.model.layers))]}}, {}
     for name in names:
         if name in s.placed:
             one = Selection(s.placed[name])
@@ -1754,38 +1751,32 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     if first:
         write(out / "selection.json", json.dumps(selection, indent=1))
 
-    places = {name: sorted(one["chosen"]) for name, one in found.items()}
-
-    def row_file(name, layers):
-        after = [b["align"], layers, b["distill"], b["finetune"], s.held_out, name == "teacher"]
-        return out / f"row-{key([base, *after])}.json"
-
-    done = gather([name for name in places if row_file(name, places[name]).exists()])[0]
-    for name, layers in places.items():
-        model, after = teacher, [b["align"], layers, b["distill"]]
-        saves = checkpoint("distill", *after), checkpoint("finetune", *after, b["finetune"])
-        if name != "teacher" and (name not in done or name == title):
+    rows = []
+    for name, one in found.items():
+        model, layers, rest_lr = teacher, sorted(one["chosen"]), b["distill"].rest_lr
+        trained = [b["align"], layers, b["distill"]]
+        saves = checkpoint("distill", *trained), checkpoint("finetune", *trained, b["finetune"])
+        evaluated = [base, *trained, b["finetune"], s.held_out, name == "teacher"]
+        file = out / f"row-{key(evaluated)}.json"
+        done = gather(file.exists())[0]
+        if name != "teacher" and (name == title or not done):
             model = restore_attention(student, teacher, layers)
-            rest_lr = b["distill"].rest_lr
             train_stage("distill", distill_logits, saves[0], model, teacher, rest_lr=rest_lr)
             train_stage("finetune", finetune, saves[1], model)
         if first and name == title:
             model.save_pretrained(out / "student")
             tokenizer.save_pretrained(out / "student")
-        if first and not row_file(name, layers).exists():
+        if first and not done:
             row = {"softmax_layers": layers, **evaluate(model, teacher, test)}
             row |= {**corpus.recall(model), "cache_bytes": cache_bytes(model, b["finetune"].length)}
-            write(row_file(name, layers), json.dumps(row))
-    if not first:
-        return {}
-    rows = []
-    for name, layers in places.items():
-        cost = {f"selection_{what}": found[name].get(what, 0) for what in ("tokens", "evaluations")}
-        rows.append({"name": name, **json.loads(row_file(name, layers).read_text()), **cost})
+            write(file, json.dumps(row))
+        cost = {f"selection_{what}": one.get(what, 0) for what in ("tokens", "evaluations")}
+        rows += [{"name": name, **json.loads(file.read_text()), **cost}] if first else []
     report = {"teacher": s.teacher or "embedded", "machine": machine(s.device), "rows": rows}
     report |= {"selection": selection, "selections": found, "stages": stage_rows(stages.values())}
-    write(out / "report.json", json.dumps(report, indent=1))
-    write(out / "report.md", markdown(report))
+    if first:
+        write(out / "report.json", json.dumps(report, indent=1))
+        write(out / "report.md", markdown(report))
     return report
 
 def recompute_activations(model) -> None:
@@ -1802,34 +1793,33 @@ def stage_rows(checkpoints) -> list[dict]:
     found = []
     for checkpoint in checkpoints:
         rows = [row for row in checkpoint.history() if "loss" in row]
-        if not rows:
-            continue
-        tokens, seconds = (sum(row[what] for row in rows) for what in ("tokens", "seconds"))
-        found.append({
-            "stage": checkpoint.folder.name, "step": rows[-1]["step"],
-            "micro_batch": rows[-1]["micro_batch"], "tokens": tokens, "seconds": seconds,
-            "tokens_per_second": round(tokens / seconds),
-            "peak_bytes": max(row["peak_bytes"] for row in rows),
-            "losses": [rows[0]["loss"], rows[-1]["loss"]],
-        })  # fmt: skip
+        if rows:
+            total = {what: sum(row[what] for row in rows) for what in ("tokens", "seconds")}
+            last = {what: rows[-1][what] for what in ("step", "micro_batch")}
+            found.append({
+                "stage": checkpoint.folder.name, **last, **total,
+                "tokens_per_second": round(total["tokens"] / total["seconds"]),
+                "peak_bytes": max(row["peak_bytes"] for row in rows),
+                "losses": [rows[0]["loss"], rows[-1]["loss"]],
+            })  # fmt: skip
     return found
 
-def table(rows: list[dict]) -> str:
-    """A Markdown table of rows with the same keys; every kind of value in its own form."""
-    def cell(value):
-        if isinstance(value, dict):
-            return ", ".join(f"{name}: {cell(v)}" for name, v in value.items())
-        if isinstance(value, list):
-            return " ".join(map(cell, value)) or "-"
-        if value is None:
-            return "-"
-        if isinstance(value, float):
-            return f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
-        return f"{value:,}" if isinstance(value, int) else value
+def cell(value) -> str:
+    """A value in a table: every kind in its own form."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {cell(v)}" for name, v in value.items())
+    if isinstance(value, list):
+        return " ".join(map(cell, value)) or "-"
+    if isinstance(value, float) and value < 1000:
+        return f"{value:,.4g}"
+    if isinstance(value, (int, float)):
+        return f"{value:,.0f}"
+    return value or "-"
 
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[cell(value) for value in row.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+def table(rows: list[dict]) -> str:
+    """A Markdown table of rows with the same keys."""
+    lines = [rows[0], ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 def markdown(report) -> str:
     """report.md: the rows, the stages, the curves of the selection."""
@@ -1853,16 +1843,16 @@ def markdown(report) -> str:
 
 def plan(s, teacher) -> str:
     """What a run will train, by arithmetic."""
-    L, students = len(teacher.model.layers), len({s.select, *s.baselines})
-    K, memory = s.softmax_layers, 18 * teacher.num_parameters() / 2**30
-    runs = {"ga-s2": L, "gr-s2": L, "avg-s2": 2 * L, "greedy": sum(range(L - K + 1, L + 1))}
+    L, K, names = len(teacher.model.layers), s.softmax_layers, {s.select, *s.baselines}
     gates = -(-100 // s.budgets["select"].steps)  # at least 100 steps
+    runs = {"ga-s2": L, "gr-s2": L, "avg-s2": 2 * L, "greedy": sum(range(L - K + 1, L + 1))}
     runs |= {"gates": gates, "gates+ga-s2": gates + min(L, 2 * K)}  # what is shared is done once
-    candidates = sum(runs.get(name, 0) for name in {s.select, *s.baselines})
-    times = dict(align=1, select=candidates, distill=students, finetune=students)
+    times = dict.fromkeys(s.budgets, len(names))
+    times |= {"align": 1, "select": sum(runs.get(name, 0) for name in names)}
     rows = [{"stage": stage, "times": times[stage], **vars(b)} for stage, b in s.budgets.items()]
-    return (f"{s.teacher or 'embedded teacher'}: {L} layers, {s.softmax_layers} stay softmax; a "
-            f"student with optimizer takes {memory:.1f} GiB beside activations\n{table(rows)}")
+    memory = 18 * teacher.num_parameters() / 2**30
+    return (f"{s.teacher or 'embedded teacher'}: {L} layers, {K} stay softmax; a student with "
+            f"optimizer takes {memory:.1f} GiB beside activations\n{table(rows)}")
 
 def join_torchrun(s):
     """Join the other processes, if torchrun started this one; returns the store they share."""
