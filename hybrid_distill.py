@@ -1291,10 +1291,7 @@ def parse(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 def resolve(s, teacher):
-    """Fill in, in place, what depends on the teacher, and refuse what cannot work.
-
-    teacher: its weights do not matter, and may be on the meta device.
-    """
+    """Fill in what depends on the teacher, its weights apart, and refuse what cannot work."""
     require(bool(s.teacher) == bool(s.data), "--teacher and --data go together or not at all")
     text, world = s.chat or s.text_column != "text", rank_and_world()[1]
     if not s.teacher and (text or s.data_config or s.dtype):
@@ -1635,7 +1632,6 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-
     how = dict(schedule=lambda step, n: min(1, (step + 1) / 20, (n - step) / (0.4 * n)))
     train([teacher], optimizers, losses, batches, steps, **how, checkpoint=Checkpoint(folder))
     teacher.save_pretrained(folder / "new")
@@ -1688,18 +1684,16 @@ def key(parts) -> str:
 def run(s, teacher, tokenizer, corpus) -> dict:
     """All stages, then report.json, report.md and student/ in the run folder; returns the report.
 
-    A stage is keyed by the settings up to it: what the folder already holds is not done again, and
-    another K, baseline or later budget pays for itself alone. Of the processes of torchrun the
-    first one evaluates and writes.
+    A stage is keyed by the settings up to it: another K, baseline or later budget pays for itself
+    alone. Of the processes of torchrun the first one evaluates and writes.
     """
     out, b, first = Path(s.out), s.budgets, rank_and_world()[0] == 0
     names = list(dict.fromkeys([s.select, *s.baselines]))
-    words = corpus.words() if "ar" in names else ()
-    base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), s.seed, s.mixer]
+    asked = recall_prompts(*corpus.words(), 32, 256, seeded(s.seed, "ar")) if "ar" in names else ()
     own = (of for of in MIXERS[s.mixer].__mro__ if issubclass(of, LinearAttention))
-    base += map(inspect.getsource, own)  # an edited mixer starts anew
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
-    base += [corpus.identity, weights]
+    base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), s.seed, s.mixer]
+    base += [*map(inspect.getsource, own), corpus.identity, weights]  # an edited mixer starts anew
     batches = {stage: corpus.batches(stage, budget) for stage, budget in b.items()}
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
@@ -1719,9 +1713,6 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         return stage(student, *teacher, batches[name], b[name].steps, b[name].lr, **rates,
                      micro_batch=s.micro_batch, checkpoint=saved)  # fmt: skip
 
-    def recall(model):
-        return recall_accuracy(model, *recall_prompts(*words, 32, 256, seeded(s.seed, "ar")))
-
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
     if s.checkpointing:
@@ -1737,17 +1728,16 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             torch.manual_seed(s.seed)
             one = select_layers(
                 student, teacher, batches["select"], validation, s.softmax_layers,
-                b["select"].steps, name, aligned, recall, made, lr=b["select"].lr,
-                rest_lr=b["select"].rest_lr, at_once=s.candidates_at_once,
-                evaluate_every=s.evaluate_every, early_stop=s.early_stop,
-                micro_batch=s.micro_batch, checkpoint=of_group, shard=s.shard)  # fmt: skip
+                b["select"].steps, name, aligned, lambda model: recall_accuracy(model, *asked),
+                made, lr=b["select"].lr, rest_lr=b["select"].rest_lr, shard=s.shard,
+                at_once=s.candidates_at_once, early_stop=s.early_stop, checkpoint=of_group,
+                micro_batch=s.micro_batch, evaluate_every=s.evaluate_every)  # fmt: skip
             one = gather(one)[0]  # ties may break differently on another GPU
         found[title if name == s.select else name] = dataclasses.asdict(one)
     selection = found[title] = {"name": title, **found[title]}
     if title == "kl-guided":
         curves = selection["rounds"][0]["curves"]
-        of_kind = {kind: best_layers(curves, kind=f"kl_{kind}") for kind in validation}
-        selection["ranking_of_kind"] = of_kind
+        selection["ranking_of_kind"] = {k: best_layers(curves, kind=f"kl_{k}") for k in validation}
     if first:
         write(out / "selection.json", json.dumps(selection, indent=1))
 
