@@ -1753,15 +1753,17 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             model = restore_attention(student, teacher, layers)
             train_stage("distill", distill_logits, saves[0], model, teacher, rest_lr=rest_lr)
             train_stage("finetune", finetune, saves[1], model)
-        if first and name == title:
+        if not first:
+            continue
+        if name == title:
             model.save_pretrained(out / "student")
             tokenizer.save_pretrained(out / "student")
-        if first and not done:
+        if not done:
             row = {"softmax_layers": layers, **evaluate(model, teacher, test)}
             row |= {**corpus.recall(model), "cache_bytes": cache_bytes(model, b["finetune"].length)}
             write(file, json.dumps(row))
         cost = {f"selection_{what}": one.get(what, 0) for what in ("tokens", "evaluations")}
-        rows += [{"name": name, **json.loads(file.read_text()), **cost}] if first else []
+        rows.append({"name": name, **json.loads(file.read_text()), **cost})
     report = {"teacher": s.teacher or "embedded", "machine": machine(s.device), "rows": rows}
     report |= {"selection": selection, "selections": found, "stages": stage_rows(stages.values())}
     if first:
