@@ -1328,9 +1328,8 @@ def resolve(s, teacher):
     elif s.select not in names:
         raise UserError(f"--select must be {known} or layers such as 3,7,11, not {s.select!r}")
     k = s.softmax_layers = k if s.softmax_layers is None else s.softmax_layers
-    if not 1 <= k <= L or k != len(s.placed.get("given", range(k))):
-        raise UserError(f"--softmax-layers must be within 1..{L}, the teacher's layers, and as "
-                        f"many as --select lists, not {k}")  # fmt: skip
+    fits = 1 <= k <= L and k == len(s.placed.get("given", range(k)))
+    require(fits, f"--softmax-layers must be within 1..{L}, as many as --select lists, not {k}")
     for name in {s.select, *s.baselines} & set(RULES):
         s.placed[name] = place_layers(name, L, k, s.seed, s.teacher)
 
