@@ -1627,12 +1627,10 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
 
     matrices = [p for p in teacher.model.layers.parameters() if p.ndim == 2]
     others = [p for p in teacher.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01)
+    adam = torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
     how = dict(schedule=lambda step, n: min(1, (step + 1) / 20, (n - step) / (0.4 * n)))
-    train([teacher], optimizers, losses, batches, steps, **how, checkpoint=Checkpoint(folder))
+    train([teacher], [muon, adam], losses, batches, steps, **how, checkpoint=Checkpoint(folder))
     teacher.save_pretrained(folder / "new")
     byte_tokenizer().save_pretrained(folder / "new")
     os.replace(folder / "new", folder / "model")
