@@ -761,8 +761,9 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
     warnings.warn(f"kernels.py: the slower PyTorch backend runs on {device}: {reason}")  # once
     return "torch"
 
-def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
-    """Raise one sentence where shapes do not fit: many would broadcast to a wrong answer."""
+def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens):
+    """Raise one sentence where shapes do not fit, many would broadcast to a wrong answer, or where
+    cu_seqlens does not rise from 0 to T: read, a wait for the GPU, once per tensor."""
     if q.ndim != 4 or v.ndim != 4 or 0 in (*q.shape, *v.shape):
         raise ValueError(f"q and v must be [B, T, H, D], not {list(q.shape)} and {list(v.shape)}")
     (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
@@ -777,9 +778,8 @@ def check_shapes(q, k, v, g, beta, initial_state, cu_seqlens):
     for (name, shape), x in zip(wanted.items(), (k, v, g, beta, initial_state)):
         if x is not None and list(x.shape) != shape:
             raise ValueError(f"{name} must be {shape}, not {list(x.shape)}")
-
-def check_boundaries(cu_seqlens, T):
-    """cu_seqlens rises from 0 to T. Its values are read, a wait for the GPU, once per tensor."""
+    if cu_seqlens is None or torch.compiler.is_compiling():  # which reads no values
+        return
     seen = None if cu_seqlens.is_inference() else (cu_seqlens._version, T)
     if seen is None or getattr(cu_seqlens, "boundaries_seen", None) != seen:
         ends = cu_seqlens.tolist()
@@ -789,10 +789,7 @@ def check_boundaries(cu_seqlens, T):
 
 def checked(backend, q, k, v, *others):
     """Check the inputs -> q, k, v in one dtype (autocast's, or the widest), the backend."""
-    check_shapes(q, k, v, *others)
-    cu_seqlens = others[-1]
-    if cu_seqlens is not None and not torch.compiler.is_compiling():  # which reads no values
-        check_boundaries(cu_seqlens, q.shape[1])
+    check_inputs(q, k, v, *others)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -889,9 +886,8 @@ def chunk_gla(
     if not q.shape == k.shape == g.shape or q.shape[:3] != v.shape[:3]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, g, v))
         raise ValueError(f"q, k and g must be [B, T, H, Dk] and v [B, T, H, Dv], not {shapes}")
-    check_shapes(q, k, v, None, None, initial_state, cu_seqlens)
+    check_inputs(q, k, v, None, None, initial_state, cu_seqlens)
     if cu_seqlens is not None:
-        check_boundaries(cu_seqlens, q.shape[1])
         options = cu_seqlens, scale, initial_state, output_final_state
         return one_by_one(chunk_gla, (q, k, v, g), *options)
     (B, T, H, Dk), Dv, dtype = q.shape, v.shape[-1], v.dtype
