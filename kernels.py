@@ -653,22 +653,23 @@ def packed_tables(cu_seqlens, T, C):
     chunks = torch.stack([token, start[s] + length[s] - token], 1)
     return torch.stack([start, length, first], 1), chunks
 
-def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm, cu_seqlens=None):
-    """chunk_gated_delta_rule on the Triton kernels, without its checks."""
-    inputs, scale = for_triton(q, k, v, g, beta, S0, scale)
-    tables = None, None
-    if cu_seqlens is not None:
-        tables = packed_tables(cu_seqlens, q.shape[1], chunk_length(q.shape[3], q.dtype))
-    o, S = ChunkedTriton.apply(*inputs, *tables, scale, norm, wants_grad(*inputs))
-    return o, S if keep_state else None
-
-def for_triton(q, k, v, g, beta, S0, scale):
-    """-> contiguous inputs, gates and state in fp32; the scale."""
-    S0 = None if S0 is None else S0.float().contiguous()
+def triton_chunk_gated_delta_rule(
+    q, k, v, g, beta, scale, S0, keep_state, norm, cu_seqlens=None, decode=False
+):
+    """The rule on the Triton kernels, in chunks or (decode) token by token, without its checks."""
     if getattr(scale, "requires_grad", False):
         raise ValueError("scale must be a number here: no gradient reaches it")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return (*(x.contiguous() for x in (q, k, v, g.float(), beta.float())), S0), scale
+    inputs = q, k, v, g.float(), beta.float(), None if S0 is None else S0.float()
+    inputs = [None if x is None else x.contiguous() for x in inputs]
+    tables = None, None
+    if cu_seqlens is not None:
+        tables = packed_tables(cu_seqlens, q.shape[1], chunk_length(q.shape[3], q.dtype))
+    if decode:
+        o, S = launch_decode(*inputs, scale, norm)
+    else:
+        o, S = ChunkedTriton.apply(*inputs, *tables, scale, norm, wants_grad(*inputs))
+    return o, S if keep_state else None
 
 def wants_grad(*tensors):
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -842,13 +843,11 @@ def decode_gated_delta_rule(
     if cu_seqlens is not None:
         raise ValueError("decoding takes no packed sequences: leave cu_seqlens out")
     q, k, v, backend = checked("auto", q, k, v, g, beta, initial_state, None)
+    options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel
     plain = torch.compiler.is_compiling() or wants_grad(q, k, v, g, beta, initial_state)
     if backend == "torch" or plain:
-        options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel
         return recurrent_gated_delta_rule(q, k, v, g, beta, *options)
-    inputs, scale = for_triton(q, k, v, g, beta, initial_state, scale)
-    o, S = launch_decode(*inputs, scale, use_qk_l2norm_in_kernel)
-    return o, S if output_final_state else None
+    return triton_chunk_gated_delta_rule(q, k, v, g, beta, *options, decode=True)
 
 # ------------------------------------------------------------------- gated linear attention (GLA)
 
