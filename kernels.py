@@ -231,18 +231,14 @@ def store_tile(x, tile, left, v0, STRIDE: constexpr, WIDTH: constexpr):
     tl.store(x + r * STRIDE + d, tile.to(x.dtype.element_ty), mask=(r < left) & (d < WIDTH))
 
 @jit
-def factor(factors, chunk, i: constexpr, C: constexpr):
-    """Factor i of the rows of a chunk [C]: 0 fq, 1 fk, 2 fr, 3 beta (see prepare_kernel)."""
-    return tl.load(factors + (chunk * 5 + i) * C + tl.arange(0, C))
-
-@jit
 def prepared(NP, factors, chunk, C: constexpr):
     """What prepare_kernel wrote of a chunk: N, P, fq, fk, fr, beta, gamma_C."""
     bN = load_tile(NP + 2 * chunk * C * C, C, 0, C, C, C, C)
     bP = load_tile(NP + (2 * chunk + 1) * C * C, C, 0, C, C, C, C)
-    fq, fk = factor(factors, chunk, 0, C), factor(factors, chunk, 1, C)
-    fr, b = factor(factors, chunk, 2, C), factor(factors, chunk, 3, C)
-    return bN, bP, fq, fk, fr, b, tl.load(factors + (chunk * 5 + 4) * C)
+    x, r = chunk * 5, tl.arange(0, C)
+    fq, fk = tl.load(factors + x * C + r), tl.load(factors + (x + 1) * C + r)
+    fr, b = tl.load(factors + (x + 2) * C + r), tl.load(factors + (x + 3) * C + r)
+    return bN, bP, fq, fk, fr, b, tl.load(factors + (x + 4) * C)
 
 @jit
 def decay(g, C: constexpr):
@@ -442,7 +438,7 @@ def backward_chunk_kernel(
     dt = k.dtype.element_ty
     bq = load_tile(q + at_k, left, 0, H * DK, DK, C, BK)
     bk = load_tile(k + at_k, left, 0, H * DK, DK, C, BK)
-    b = factor(factors, chunk, 3, C)
+    b = tl.load(factors + (chunk * 5 + 3) * C + r)
     # 1. dO V~^T, X V~^T,  dV = beta X,  dbeta = X.V~
     bdP, bdM = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     xv = tl.zeros([C], tl.float32)
@@ -471,7 +467,7 @@ def backward_chunk_kernel(
         bdo = load_tile(do + at * DV, left, v0, HV * DV, DV, C, BV)
         S = load_tile(states + chunk * DK * DV, DK, v0, DV, DV, BK, BV)
         Y = dot(S, tl.trans(bdo), Y)
-    Y *= factor(factors, chunk, 0, C)[None, :]
+    Y *= tl.load(factors + chunk * 5 * C + r)[None, :]  # fq
     q_t, k_t = tl.trans(bq), tl.trans(bk)
     qy = tl.sum(q_t.to(tl.float32) * Y, 0)
     Y = dot(k_t, tl.trans(dPd), Y)
@@ -488,8 +484,8 @@ def backward_chunk_kernel(
         dS = load_tile(dstates + chunk * DK * DV, DK, v0, DV, DV, BK, BV)
         Z, R = dot(S, tl.trans(bX), Z), dot(dS, tl.trans(bV), R)
         sds += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
-    Z *= (b * factor(factors, chunk, 1, C))[None, :]
-    R *= (b * factor(factors, chunk, 2, C))[None, :]
+    Z *= (b * tl.load(factors + (chunk * 5 + 1) * C + r))[None, :]  # beta fk
+    R *= (b * tl.load(factors + (chunk * 5 + 2) * C + r))[None, :]  # beta fr
     kz, kr = tl.sum(k_t.to(tl.float32) * Z, 0), tl.sum(k_t.to(tl.float32) * R, 0)
     R = dot(k_t, tl.trans(dMd), dot(k_t, dMd, dot(q_t, dPd, R - Z)))
     if NORM:
