@@ -943,16 +943,17 @@ def check(device):
 def milliseconds(function, device):
     """-> median time of a call after a first one (which compiles), and its host part."""
     function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    times = sorted(1e3 * x for x in timeit.repeat(function, number=1, repeat=7))
     if device != "cuda":
-        median = 1e3 * sorted(timeit.repeat(function, number=1, repeat=7))[3]
-        return median, median
-    torch.cuda.synchronize()
-    host = 1e3 * min(timeit.repeat(function, number=1, repeat=7))  # a launch waits for nothing
-    return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median"), host
+        return times[3], times[3]
+    median = triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median")
+    return median, times[0]  # a launch waits for nothing
 
 def benchmark(device):
     """Print milliseconds of ours and of what else can be imported, forward and with backward."""
-    rules, dtype = {"ours": chunk_gated_delta_rule}, torch.float32
+    rules, dtype, ours = {"ours": chunk_gated_delta_rule}, torch.float32, None
     cases = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
     try:
         if device != "cuda":
@@ -968,21 +969,19 @@ def benchmark(device):
         cases += [(8, 512, 9, 64), (32, 1024, 9, 64), (1, 32768, 16, 64)]
         dtype = torch.bfloat16
         sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
-        rules["SDPA"] = lambda *x, **_: sdpa(*(y.transpose(1, 2) for y in x[:3]))[None]
+        rules["SDPA"] = lambda *x, **_: [sdpa(*(y.transpose(1, 2) for y in x[:3]))]
     print("\nmilliseconds               rule           forward + backward  its host  / ours")
-    for B, T, H, d in cases:
+    for (B, T, H, d), (name, rule) in itertools.product(cases, rules.items()):
         x = [y.requires_grad_() for y in example(B, T, H, H, d, d, "random", dtype, device)[:5]]
-        case, ours = f"B={B} T={T} H={H} d={d}", None
-        for name, rule in rules.items():
-            rule = functools.partial(rule, *x, use_qk_l2norm_in_kernel=True)
-            def both():
-                o = rule()[0]
-                torch.autograd.grad(o, x, o.detach(), allow_unused=True)
-            forward, _ = milliseconds(torch.no_grad()(rule), device)
-            total, host = milliseconds(both, device)
-            ours = ours or total
-            times = f"{forward:9.3f} {total:10.3f} {host:9.3f} {total / ours:7.2f}"
-            print(f"{case:26} {name:12} {times}", flush=True)
+        rule = functools.partial(rule, *x, use_qk_l2norm_in_kernel=True)
+        def both():
+            o = rule()[0]
+            torch.autograd.grad(o, x, o.detach(), allow_unused=True)
+        forward, _ = milliseconds(torch.no_grad()(rule), device)
+        total, host = milliseconds(both, device)
+        ours = total if name == "ours" else ours
+        case, times = f"B={B} T={T} H={H} d={d}", f"{forward:9.3f} {total:10.3f} {host:9.3f}"
+        print(f"{case:26} {name:12} {times} {total / ours:7.2f}", flush=True)
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
