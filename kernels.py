@@ -205,17 +205,21 @@ def chunk_rows(table, c, tokens, C: constexpr):
         return s.to(tl.int64) * tokens + n * C, (tokens - n * C).to(tl.int64)
 
 @jit
-def walk(table, tokens, HV: constexpr, DV: constexpr, BV: constexpr, C: constexpr):
-    """This program's first column, state, head; first token, length, first chunk of its sequence.
-    One axis of the grid for columns, heads and sequences: a second one ends at 65,535."""
+def walk(S0, table, tokens, HV: constexpr, DK: constexpr, DV: constexpr, BK: constexpr,
+         BV: constexpr, C: constexpr):  # fmt: skip
+    """This program's state S0 (or zero), its first column, number, head; first token, length and
+    first chunk of its sequence. One axis of the grid for all of them: a second ends at 65,535."""
     tiles: tl.constexpr = (DV + BV - 1) // BV
     state = (tl.program_id(0) // tiles).to(tl.int64)
     v0, s, h = tl.program_id(0) % tiles * BV, state // HV, state % HV
+    start, length, first = s * tokens, tokens.to(tl.int64), s * tl.cdiv(tokens, C)
     if table is not None:
         x = table + 3 * s
-        return v0, state, h, tl.load(x), tl.load(x + 1), tl.load(x + 2)
-    else:
-        return v0, state, h, s * tokens, tokens.to(tl.int64), s * tl.cdiv(tokens, C)
+        start, length, first = tl.load(x), tl.load(x + 1), tl.load(x + 2)
+    S = tl.zeros([BK, BV], tl.float32)
+    if S0 is not None:
+        S += load_tile(S0 + state * DK * DV, DK, v0, DV, DV, BK, BV)
+    return S, v0, state, h, start, length, first
 
 @jit
 def load_tile(x, left, v0, STRIDE: constexpr, WIDTH: constexpr, R: constexpr, W: constexpr):
@@ -351,11 +355,8 @@ def forward_kernel(
     """The walk over the chunks of one sequence; nothing but the state is carried.
     Grid (Dv / BV * sequences * HV): columns of S never meet. Writes o and the final state; for a
     backward pass also the error V~ and states [chunks, HV, Dk, Dv], S_0 of each chunk."""
-    v0, state, h, start, length, first = walk(table, tokens, HV, DV, BV, C)
+    S, v0, state, h, start, length, first = walk(S0, table, tokens, HV, DK, DV, BK, BV, C)
     dt = k.dtype.element_ty
-    S = tl.zeros([BK, BV], tl.float32)
-    if S0 is not None:
-        S += load_tile(S0 + state * DK * DV, DK, v0, DV, DV, BK, BV)
     for n in range(tl.cdiv(length, C)):
         token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
         at_k, at_v = (token * H + h // (HV // H)) * DK, (token * HV + h) * DV
@@ -386,11 +387,8 @@ def backward_state_kernel(
 ):  # fmt: skip
     """The walk back over the chunks. Grid (Dv / BV * sequences * HV). Writes X, the gradient
     dstates of the state at the end of each chunk, and that of the initial state if there is one."""
-    v0, state, h, start, length, first = walk(table, tokens, HV, DV, BV, C)
+    dS, v0, state, h, start, length, first = walk(dS_out, table, tokens, HV, DK, DV, BK, BV, C)
     dt = k.dtype.element_ty
-    dS = tl.zeros([BK, BV], tl.float32)
-    if dS_out is not None:
-        dS += load_tile(dS_out + state * DK * DV, DK, v0, DV, DV, BK, BV)
     for m in range(tl.cdiv(length, C)):
         n = tl.cdiv(length, C) - 1 - m
         token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
@@ -503,11 +501,8 @@ def decode_kernel(
     DK: constexpr, DV: constexpr, BK: constexpr, BV: constexpr, NORM: constexpr,
 ):  # fmt: skip
     """recurrent_gated_delta_rule, the state read once and written once. Grid (Dv / BV * B * HV)."""
-    v0, state, h, start, _, _ = walk(None, tokens, HV, DV, BV, 1)
+    S, v0, state, h, start, _, _ = walk(S0, None, tokens, HV, DK, DV, BK, BV, 1)
     rk, rv = tl.arange(0, BK), v0 + tl.arange(0, BV)
-    S = tl.zeros([BK, BV], tl.float32)
-    if S0 is not None:
-        S += load_tile(S0 + state * DK * DV, DK, v0, DV, DV, BK, BV)
     for t in range(tokens):
         at_k, at = ((start + t) * H + h // (HV // H)) * DK + rk, (start + t) * HV + h
         bk = tl.load(k + at_k, mask=rk < DK, other=0.0).to(tl.float32)
