@@ -250,8 +250,7 @@ def decay(g, C: constexpr):
 
     log gamma = cumsum(g) is summed in fp64 (C numbers) and split into high + low: its differences
     are exponents, and -1000.0 - (-1000.1) loses four digits in fp32. D is masked before exp (above
-    the diagonal it overflows) and after. A g of -inf would be inf - inf: exp is 0 at -1e4 already.
-    """
+    the diagonal it overflows) and after. -inf would be inf - inf: exp is 0 at -1e4 already."""
     g = g.to(tl.float64)
     total, log_gamma = tl.sum(g, 0), tl.cumsum(g, 0)
     high = log_gamma.to(tl.float32)
@@ -665,9 +664,10 @@ def triton_chunk_gated_delta_rule(
 def wants_grad(*tensors):
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
-# ------------------------------------------------------------------- are the kernels right here?
+# ------------------------------------------------------------------- the switch and its trial
 
 NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "dbeta", "d initial state", "o, decoding")
+LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}  # of their errors
 
 def example(B, T, H, HV, Dk, Dv, kind="random", dtype=torch.float32, device="cpu", seed=0):
     """q, k, v, g, beta, initial state. kind: random; identical (one key, beta -> 1, no decay);
@@ -734,8 +734,6 @@ def trial(device, dtype, H, HV, Dk, Dv):
         inputs = example(1, 130, H, HV, Dk, Dv, "random", dtype, device)
         return errors(triton_chunk_gated_delta_rule, inputs)
 
-# ------------------------------------------------------------------- the switch
-
 @torch.compiler.assume_constant_result  # decided while compiling, not part of the graph
 def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
     """-> "torch" or "triton"; "auto" is HYBRID_DISTILL_BACKEND, else Triton where it works."""
@@ -762,8 +760,7 @@ def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens):
     if HV % H:
         raise ValueError(f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
     if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1):
-        raise ValueError(f"cu_seqlens must be [N + 1], not {list(cu_seqlens.shape)}, and B = 1, "
-                         f"not {B}: N sequences packed in one row")  # fmt: skip
+        raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} must be [N + 1], and B = 1, not {B}")
     states = B if cu_seqlens is None else len(cu_seqlens) - 1
     wanted = dict(k=[B, T, H, Dk], v=[B, T, HV, Dv], g=[B, T, HV], beta=[B, T, HV])
     wanted["initial_state"] = [states, HV, Dk, Dv]
@@ -819,9 +816,8 @@ def one_by_one(rule, rows, cu_seqlens, scale, S, keep_state, *options):
     lengths = cu_seqlens.diff().tolist()
     states = [None] * len(lengths) if S is None else S.split(1)
     rows = zip(*(x.split(lengths, 1) for x in rows))
-    parts = [rule(*x, scale, s, True, *options) for x, s in zip(rows, states)]
-    o, S = (torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 0)))
-    return o, S if keep_state else None
+    o, S = zip(*(rule(*x, scale, s, True, *options) for x, s in zip(rows, states)))
+    return torch.cat(o, 1), torch.cat(S) if keep_state else None
 
 def decode_gated_delta_rule(
     q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
@@ -916,8 +912,6 @@ def chunk_gla(
 
 # ------------------------------------------------------------------- python kernels.py
 
-LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}
-
 def check(device):
     """Print the largest error of every backend there is -> are all within their limits?"""
     print("Largest error against the fp64 recurrence: o, final state, six gradients, decoding")
@@ -938,13 +932,11 @@ def check(device):
 def milliseconds(function, device):
     """-> median time of a call after a first one (which compiles), and its host part."""
     function()
-    if device == "cuda":
-        torch.cuda.synchronize()
     times = sorted(1e3 * x for x in timeit.repeat(function, number=1, repeat=7))
     if device != "cuda":
         return times[3], times[3]
     median = triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median")
-    return median, times[0]  # a launch waits for nothing
+    return median, times[0]  # the calls before are queued, a launch waits for nothing
 
 def benchmark(device):
     """Print milliseconds of ours and of what else can be imported, forward and with backward."""
