@@ -761,9 +761,8 @@ def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens):
         raise ValueError(f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
     if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1):
         raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} must be [N + 1], and B = 1, not {B}")
-    states = B if cu_seqlens is None else len(cu_seqlens) - 1
     wanted = dict(k=[B, T, H, Dk], v=[B, T, HV, Dv], g=[B, T, HV], beta=[B, T, HV])
-    wanted["initial_state"] = [states, HV, Dk, Dv]
+    wanted["initial_state"] = [B if cu_seqlens is None else len(cu_seqlens) - 1, HV, Dk, Dv]
     for (name, shape), x in zip(wanted.items(), (k, v, g, beta, initial_state)):
         if x is not None and list(x.shape) != shape:
             raise ValueError(f"{name} must be {shape}, not {list(x.shape)}")
