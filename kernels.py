@@ -55,10 +55,9 @@ except ImportError:  # no Triton here: the PyTorch backend alone
 
 # ------------------------------------------------------------------- the recurrence: ground truth
 
-def recurrent_gated_delta_rule(
-    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-    use_qk_l2norm_in_kernel=False,
-):  # fmt: skip
+def recurrent_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
+                               output_final_state=False,
+                               use_qk_l2norm_in_kernel=False):  # fmt: skip
     """The gated delta rule token by token: the definition that everything here is held against.
 
         S~_t = alpha_t S_{t-1}                              decay first,
@@ -165,10 +164,9 @@ class ChunkedTorch(torch.autograd.Function):
         dg = dlog.flip(-1).cumsum(-1).flip(-1).to(k.dtype)  # dg_t = sum over i >= t of dlog gamma_i
         return dq, dk, dv, dg, dbeta, dS
 
-def torch_chunk_gated_delta_rule(
-    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-    use_qk_l2norm_in_kernel=False,
-):  # fmt: skip
+def torch_chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
+                                 output_final_state=False,
+                                 use_qk_l2norm_in_kernel=False):  # fmt: skip
     """recurrent_gated_delta_rule in chunks, with the same arguments and returns: any device,
     differentiable once. To copy it out take ChunkedTorch and l2norm along."""
     (B, T, _, Dk), (HV, Dv) = q.shape, v.shape[2:]
@@ -292,10 +290,8 @@ def product(a, b, acc, dt: constexpr):
 # ------------------------------------------------------------------- Triton: the kernels
 
 @jit
-def prepare_kernel(
-    q, k, g, beta, NP, factors, table, tokens, scale,
-    H: constexpr, HV: constexpr, DK: constexpr, C: constexpr, BK: constexpr, NORM: constexpr,
-):  # fmt: skip
+def prepare_kernel(q, k, g, beta, NP, factors, table, tokens, scale, H: constexpr, HV: constexpr,
+                   DK: constexpr, C: constexpr, BK: constexpr, NORM: constexpr):  # fmt: skip
     """What a chunk knows without the state. Grid (chunks, HV). Writes NP [chunks, HV, 2, C, C]
     (N, P) and factors [chunks, HV, 5, C] (fq, fk, fr, beta, gamma_C)."""
     c, h, r = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
@@ -347,10 +343,9 @@ def prepare_kernel(
     store_tile(NP + 2 * chunk * C * C, bN, C, 0, C, C)
 
 @jit
-def forward_kernel(
-    q, k, v, NP, factors, S0, o, S_out, error, states, table, tokens, H: constexpr, HV: constexpr,
-    DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr, BV: constexpr,
-):  # fmt: skip
+def forward_kernel(q, k, v, NP, factors, S0, o, S_out, error, states, table, tokens, H: constexpr,
+                   HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr,
+                   BV: constexpr):  # fmt: skip
     """The walk over the chunks of one sequence; nothing but the state is carried.
     Grid (Dv / BV * sequences * HV): columns of S never meet. Writes o and the final state; for a
     backward pass also the error V~ and states [chunks, HV, Dk, Dv], S_0 of each chunk."""
@@ -380,10 +375,9 @@ def forward_kernel(
     store_tile(S_out + state * DK * DV, S, DK, v0, DV, DV)
 
 @jit
-def backward_state_kernel(
-    q, k, NP, factors, do, dS_out, X, dstates, dS0, table, tokens, H: constexpr, HV: constexpr,
-    DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr, BV: constexpr,
-):  # fmt: skip
+def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, table, tokens,
+                          H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr,
+                          BK: constexpr, BV: constexpr):  # fmt: skip
     """The walk back over the chunks. Grid (Dv / BV * sequences * HV). Writes X, the gradient
     dstates of the state at the end of each chunk, and that of the initial state if there is one."""
     dS, v0, state, h, start, length, first = walk(dS_out, table, tokens, HV, DK, DV, BK, BV, C)
@@ -416,11 +410,10 @@ def backward_state_kernel(
         store_tile(dS0 + state * DK * DV, dS, DK, v0, DV, DV)
 
 @jit
-def backward_chunk_kernel(
-    q, k, g, factors, do, error, X, states, dstates, dq, dk, dv, dg, dbeta, table, tokens, scale,
-    H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr,
-    BV: constexpr, NORM: constexpr,
-):  # fmt: skip
+def backward_chunk_kernel(q, k, g, factors, do, error, X, states, dstates, dq, dk, dv, dg, dbeta,
+                          table, tokens, scale, H: constexpr, HV: constexpr, DK: constexpr,
+                          DV: constexpr, C: constexpr, BK: constexpr, BV: constexpr,
+                          NORM: constexpr):  # fmt: skip
     """The gradients of one chunk, given its state, the gradient of its last state, V~ and X.
 
     With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, where Q.dQ = rows(E) + Q.Y and
@@ -495,10 +488,9 @@ def backward_chunk_kernel(
     tl.store(dg + at + r * HV, after + tl.sum(kr, 0) + gamma_C * sds, mask=r < left)
 
 @jit
-def decode_kernel(
-    q, k, v, g, beta, S0, o, S_out, tokens, scale, H: constexpr, HV: constexpr,
-    DK: constexpr, DV: constexpr, BK: constexpr, BV: constexpr, NORM: constexpr,
-):  # fmt: skip
+def decode_kernel(q, k, v, g, beta, S0, o, S_out, tokens, scale, H: constexpr, HV: constexpr,
+                  DK: constexpr, DV: constexpr, BK: constexpr, BV: constexpr,
+                  NORM: constexpr):  # fmt: skip
     """recurrent_gated_delta_rule, the state read once and written once. Grid (Dv / BV * B * HV)."""
     S, v0, state, h, start, _, _ = walk(S0, None, tokens, HV, DK, DV, BK, BV, 1)
     rk, rv = tl.arange(0, BK), v0 + tl.arange(0, BV)
@@ -563,9 +555,8 @@ def launch_forward(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep, l
         forward_kernel[grid](q, k, v, NP, factors, S0, o, S, error, states, sequences, T, **walks)
     return outputs
 
-def launch_backward(
-    q, k, g, NP, factors, error, states, do, dS, sequences, chunks, scale, norm, count, launch=True
-):
+def launch_backward(q, k, g, NP, factors, error, states, do, dS, sequences, chunks, scale, norm,
+                    count, launch=True):  # fmt: skip
     """-> gradients of q, k, v, g, beta and of `count` initial states (0: there were none)."""
     B, T, H, Dk, HV, Dv = *q.shape, *error.shape[2:]
     dtype = q.dtype if H == HV else torch.float32
@@ -643,9 +634,8 @@ def packed_tables(cu_seqlens, T, C):
     chunks = torch.stack([token, start[s] + length[s] - token], 1)
     return torch.stack([start, length, first], 1), chunks
 
-def triton_chunk_gated_delta_rule(
-    q, k, v, g, beta, scale, S0, keep_state, norm, cu_seqlens=None, decode=False
-):
+def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm, cu_seqlens=None,
+                                  decode=False):  # fmt: skip
     """The rule on the Triton kernels, in chunks or (decode) token by token, without its checks."""
     if getattr(scale, "requires_grad", False):
         raise ValueError("scale must be a number here: no gradient reaches it")
@@ -786,11 +776,9 @@ def checked(backend, q, k, v, *others):
     backend = pick_backend(backend, str(q.device), dtype, *heads)
     return q.to(dtype), k.to(dtype), v.to(dtype), backend
 
-def chunk_gated_delta_rule(
-    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-    use_qk_l2norm_in_kernel=False, cu_seqlens=None, backend="auto", use_cache=None,
-    output_router_logits=None,
-):  # fmt: skip
+def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
+                           output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None,
+                           backend="auto", use_cache=None, output_router_logits=None):  # fmt: skip
     """recurrent_gated_delta_rule in chunks, with its arguments and returns.
 
     q, k and v are brought to one dtype, gates and state to fp32; in PyTorch all to fp64 if one of
@@ -857,9 +845,8 @@ def recurrent_gla(q, k, v, g, scale=None, initial_state=None, output_final_state
         o = torch.stack(outputs, 1) * (Dk**-0.5 if scale is None else scale)
     return o.to(dtype), S if output_final_state else None
 
-def chunk_gla(
-    q, k, v, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
-):  # fmt: skip
+def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=False,
+              cu_seqlens=None):  # fmt: skip
     """recurrent_gla in chunks of C = 64, in PyTorch, with the same arguments and returns.
 
     A decay per channel stands inside the product q_i.k_j, as exp(sum of g over j < t <= i): too
