@@ -602,10 +602,9 @@ class ChunkedTriton(torch.autograd.Function):
     """The Triton kernels behind autograd: arguments of launch_forward -> o, final state."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        q, k, _, g, _, S0, sequences, chunks, scale, norm, _ = inputs
+    def forward(ctx, q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep):
         op = forward_op if torch.compiler.is_compiling() else launch_forward
-        o, S, *kept = op(*inputs)
+        o, S, *kept = op(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep)
         ctx.save_for_backward(q, k, g, *kept, sequences, chunks)
         ctx.options = scale, norm, 0 if S0 is None else len(S0)
         ctx.set_materialize_grads(False)
