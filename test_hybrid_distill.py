@@ -1,5 +1,6 @@
 """Tests of hybrid_distill.py and kernels.py: `pytest`, no GPU and no network needed."""
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -15,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import types
 from pathlib import Path
@@ -56,10 +56,9 @@ GREEDY = dict(do_sample=False, pad_token_id=0)
 PARAMETERS = inspect.signature(LlamaForCausalLM.forward).parameters
 CACHE = "cache" if "cache" in PARAMETERS else "past_key_values"  # renamed in transformers 5.24
 
-def make_teacher(family="llama", seed=0, **changes):
+def make_teacher(family="llama", seed=0):
     torch.manual_seed(seed)
-    config = CONFIGS[family].__class__(**{**CONFIGS[family].to_dict(), **changes})
-    teacher = AutoModelForCausalLM.from_config(config).eval()
+    teacher = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
     with torch.no_grad():
         for name, p in teacher.named_parameters():
             if p.ndim < 2:  # away from the first 0 and 1 of biases and norms: losing one must show
@@ -394,19 +393,15 @@ FULL = os.environ.get("HYBRID_DISTILL_FULL") == "1"
 
 def spilled_bytes(cubin):
     """Bytes of stack a thread uses, that is: spilled registers. 0 without Triton's cuobjdump."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = Path(kernels.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         return 0
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin), file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [tool, "--dump-resource-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
 @pytest.mark.parametrize("heads,capability,dtype", EVERYTHING if FULL else SOME, ids=str)
-def test_every_kernel_compiles_for_real_chips(monkeypatch, heads, capability, dtype):
+def test_every_kernel_compiles_for_real_chips(monkeypatch, tmp_path, heads, capability, dtype):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -431,7 +426,8 @@ def test_every_kernel_compiles_for_real_chips(monkeypatch, heads, capability, dt
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
         assert binary.metadata.shared <= SHARED[capability], kernel.__name__
-        assert spilled_bytes(binary.asm["cubin"]) <= most_spilled, kernel.__name__
+        (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
+        assert spilled_bytes(tmp_path / "cubin") <= most_spilled, kernel.__name__
         compiled.add(kernel.__name__)
     assert compiled == set(KERNELS)
 
@@ -912,7 +908,6 @@ def test_removal_scores_the_complement_and_what_is_shared_is_made_once(watch):
     gr = select_by(teacher, "gr-s2", made=made)
     others = {i: [j for j in range(4) if j != i] for i in range(4)}
     assert seen == [(ALONE, 4), (others, 4)]
-    assert all(gr.importance[i] == gr.rounds[0]["curves"][i][-1]["kl"] for i in range(4))
     avg, zero, smart = (select_by(teacher, n, made=made) for n in ("avg-s2", "zero-shot", "smart"))
     assert len(seen) == 2 and avg.tokens == ga.tokens + gr.tokens  # as if alone
     assert zero.importance == {i: -ga.rounds[0]["curves"][i][0]["kl"] for i in range(4)}
@@ -1128,9 +1123,8 @@ def test_one_command_compares_selectors(folder):
     names = "ga-s1,avg-s2,gates+ga-s2,mse,smart,gates,first"
     rows = {row["name"]: row for row in ran(folder, "--baselines", names)["rows"]}
     assert list(rows) == ["teacher", "kl-guided", *names.split(",")]
-    spent = {name: row["selection_tokens"] for name, row in rows.items()}
-    assert spent["avg-s2"] == 2 * spent["kl-guided"] == 8 * 64 and spent["first"] == 0
-    assert spent["gates"] == 100 * 32 and rows["mse"]["selection_evaluations"] == 5
+    assert rows["avg-s2"]["selection_tokens"] == 2 * rows["kl-guided"]["selection_tokens"] == 8 * 64
+    assert rows["mse"]["selection_evaluations"] == 5 and rows["first"]["selection_tokens"] == 0
     assert "| selector | kl-guided | ga-s1 |" in (folder / "run" / "report.md").read_text()
     done = {file: file.read_text() for file in (folder / "run").glob("*/metrics.jsonl")}
     ran(folder, "--select", "gr-s2", "--baselines", "gates,ga-s2")
