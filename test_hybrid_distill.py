@@ -745,6 +745,8 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(watch):
         student(x, labels=x, use_cache=False).loss.backward()
         found.append(Weights((n, p.grad) for n, p in student.named_parameters()))
     assert len(calls) == 4 + 8 and equal(*found)
+    renamed = types.SimpleNamespace(activation_checkpointing_enable=lambda: "on")
+    hd.recompute_activations(renamed)  # when the old name is gone
 
 @pytest.mark.parametrize("name", STAGES)
 def test_micro_batches_and_a_full_memory_change_nothing(name, monkeypatch, capsys):
@@ -923,6 +925,7 @@ def test_scores_look_at_the_validation_part_alone(watch):
     teacher, marked = planted([2]), {"text": [torch.full((2, 16), 7)]}
     scored = watch(hd, "last_hidden", lambda model, x: model.training or bool((x == 7).all()))
     for name in ("mse", "ppl", "zero-shot", "smart"):
+        scored.clear()
         student = make_student(teacher)
         hd.select_layers(student, teacher, lambda step: 1 / 0, marked, 1, 4, name)
         assert scored and all(scored), name
@@ -1116,6 +1119,7 @@ def test_iterated_selection_is_the_same_one_candidate_at_a_time(folder):
         ran(folder, *more, "--candidates-at-once", n, out=f"run-{n}")["selection"] for n in (1, 4)
     )
     assert one == four and len(one["rounds"]) == 3
+    assert one == json.loads((folder / "run-1" / "selection.json").read_text())
     curves = [scored["curves"][str(one["chosen"][2])] for scored in one["rounds"]]
     assert curves[0] != curves[1] != curves[2]
 
@@ -1134,6 +1138,9 @@ WRONG = [
     ([], "is in use by another process"),
     (["--softmax-layers", "5"], "--softmax-layers must be within 1..4"),
     (["--select", "best"], "--select must be ga-s1, ga-s2, gr-s2"),
+    (["--select", "9"], "softmax layers must be distinct and within 0..3"),
+    (["--select", "published"], "no selection of 1 layers is published for 'teacher'"),
+    (["--mixer", "mamba"], "the mixer must be one of gdn"),
     (["--select", "1,2"], "as many as --select lists"),
     (["--baselines", "middle"], "--baselines knows all-linear, ga-s1"),
     (["--data", "nothing.txt"], "cannot load --data nothing.txt"),
@@ -1295,6 +1302,7 @@ def test_needles_are_written_as_the_tokenizer_writes_them_behind_the_question():
     ragged = types.SimpleNamespace(encode=encode, bos_token_id=None)  # a token more for every 7
     _, answers = hd.needle_prompts(ragged, np.arange(900), 1, 9, 90, hd.seeded("needle"))
     assert answers.shape[0] == 9 and answers[0, 0] == 0  # "12345" alone, without an empty word
+    assert hd.TokenCorpus(np.arange(99), 9, 0).recall(None) == {"recall": None, "needles": {}}
 
 def test_recall_counts_whole_answers():
     def generate(tokens, **how):  # the first token right, the second for every other prompt
