@@ -62,6 +62,8 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -1125,18 +1127,19 @@ def held_out_kl(models: dict, teacher, held_out) -> dict[str, dict]:
 
     Without dropout, also between two steps of training.
     """
-    together = nn.ModuleList(models.values())
-    training = any(model.training for model in together)
+    modes = {name: model.training for name, model in models.items()}
     sums = {name: {"kl": 0.0, **{f"kl_{kind}": 0.0 for kind in held_out}} for name in models}
     every = sum(tokens.numel() for batches in held_out.values() for tokens in batches)
-    together.eval()
+    for model in models.values():
+        model.eval()
     for kind, batches in held_out.items():
         of_kind = sum(tokens.numel() for tokens in batches)
         for tokens in batches:
             for name, kl, _ in kl_to_teacher(models, teacher, tokens.to(teacher.device)):
                 sums[name]["kl"] += float(kl) * tokens.numel() / every
                 sums[name][f"kl_{kind}"] += float(kl) * tokens.numel() / of_kind
-    together.train(training)
+    for name, model in models.items():
+        model.train(modes[name])
     return sums
 
 # What was published with [1]'s code, 0-based, best first. Of a ga_s2 of nine layers only the first
@@ -1333,12 +1336,16 @@ def resolve(s, teacher):
     for name in {s.select, *s.baselines} & set(RULES):
         s.placed[name] = place_layers(name, L, k, s.seed, s.teacher)
 
+# what loaders raise for files that are missing, broken, too new or of another kind
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, AssertionError,
+              ImportError, SafetensorError, StrictDataclassError)  # fmt: skip
+
 @contextlib.contextmanager
 def one_sentence(beginning: str):
-    """What a library raises for a file that is missing, broken or too new, as one sentence."""
+    """What a library's loader raises, as one sentence."""
     try:
         yield
-    except Exception as error:  # loaders raise all kinds
+    except UNREADABLE as error:
         raise UserError(f"{beginning}: " + str(error).strip().split("\n")[0]) from error
 
 # ------------------------------------------------------------------------------------------- data
