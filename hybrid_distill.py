@@ -1636,8 +1636,8 @@ def embedded_teacher(corpus: EmbeddedCorpus, out, seed: int, device="cpu", steps
     others = [p for p in teacher.parameters() if all(p is not matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01)
     adam = torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
-    how = dict(schedule=lambda step, n: min(1, (step + 1) / 20, (n - step) / (0.4 * n)))
-    train([teacher], [muon, adam], losses, batches, steps, **how, checkpoint=Checkpoint(folder))
+    train([teacher], [muon, adam], losses, batches, steps, checkpoint=Checkpoint(folder),
+          schedule=lambda step, n: min(1, (step + 1) / 20, (n - step) / (0.4 * n)))  # fmt: skip
     teacher.save_pretrained(folder / "new")
     byte_tokenizer().save_pretrained(folder / "new")
     os.replace(folder / "new", folder / "model")
