@@ -379,7 +379,8 @@ def mixers(model) -> dict[int, nn.Module]:
     return {i: x.self_attn for i, x in enumerate(model.model.layers) if i not in softmax}
 
 def autocast(model):
-    """Matrix products in config.dtype, the teacher's; weights in training are fp32."""
+    """Matrix products in config.dtype, the teacher's; weights in training are fp32, and so are the
+    products with the LM head then, which a loss takes in the dtype of its hidden states."""
     half = model.config.dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(model.device.type, model.config.dtype if half else None, half)
 
@@ -427,6 +428,8 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=None):
     """-log p(label), mean over tokens, in nats. labels [...]; the rest as in `kl_loss`."""
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels must be {list(hidden.shape[:-1])}, not {list(labels.shape)}")
     head, labels = _weight(head), labels.flatten()
 
     def cross_entropy(logits, rows):
@@ -440,12 +443,16 @@ def cross_entropy_loss(hidden, head, labels, mask=None, chunk=None):
 
 def _weight(head):
     """[V, D] of an nn.Linear or as it is; an evaluation asks for no gradient of it."""
+    if getattr(head, "bias", None) is not None:
+        raise ValueError("a head with a bias is not supported")
     weight = getattr(head, "weight", head)
     return weight if torch.is_grad_enabled() else weight.detach()
 
 def _token_weights(hidden, mask):
     """Each token's share of the mean, fp32, summing to 1; all zero for a mask without a token."""
     tokens = hidden.shape[:-1].numel()
+    if mask is not None and mask.shape != hidden.shape[:-1]:
+        raise ValueError(f"the mask must be {list(hidden.shape[:-1])}, not {list(mask.shape)}")
     if mask is None:
         return torch.full((tokens,), 1 / tokens, device=hidden.device)
     mask = mask.flatten().float()
@@ -513,6 +520,7 @@ def restore_attention(student, teacher, softmax_layers):
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
         hybrid.model.layers[i].self_attn = copy.deepcopy(teacher.model.layers[i].self_attn)
+        hybrid.model.layers[i].self_attn.config = hybrid.config
     return hybrid
 
 def check_mixer(name: str) -> None:
@@ -727,6 +735,8 @@ class Checkpoint:
     def save(self, history, module, optimizers=(), shared=False) -> None:
         """Of processes that train together the first one writes; of a model cut over them, all."""
         start, new = time.monotonic(), self.folder / f"step-{history[-1]['step']}"
+        if (new / ".metadata").exists():  # nothing happened since
+            return
         cut = any(isinstance(p, DTensor) for p in module.parameters())
         first = not shared or rank_and_world()[0] == 0
         if first:
@@ -802,7 +812,7 @@ def sharded(stage, student, *inputs, **options) -> list[dict]:
 
 def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5, warmup=None,
                         micro_batch=None, checkpoint=None) -> list[dict]:  # fmt: skip
-    """Stage 1: every mixer learns, all at once and each for itself, its attention's output.
+    """Stage 1: every mixer learns its attention's output, all at once, their gradients apart.
 
         loss = mean over layers of alignment_loss(mixer_l(x_l), attn_l(x_l))
         x_l from the *teacher's* forward pass: its output, not the mixer's, feeds the next layer
@@ -945,6 +955,9 @@ def ar(x):
     for i in x.layers:
         with replaced(x.teacher, [i]):
             drop[i] = before - x.recall(x.teacher)
+    if max(drop.values()) <= 0:
+        raise UserError(f"ar needs a teacher that recalls: it finds {before:.1%}, and not less "
+                        "without any of its layers")  # fmt: skip
     return drop
 
 def mse(x):
@@ -1059,12 +1072,15 @@ def score_layers(student, teacher, batches, held_out, sets, steps, *, lr=1e-4, r
     train in turn, an interval each. Unlike the official code: held-out KL on fixed batches, not a
     logged training loss.
     """
-    every, layers = evaluate_every or max(1, steps // 2), list(sets)
+    every = evaluate_every or max(1, steps // (10 if early_stop else 2))
+    layers = list(sets)
     at_once = at_once or min(*gather(candidates_that_fit(student)), -(-len(layers) // 8))
     groups = [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
     rank, world = (0, 1) if shard else rank_and_world()
     if early_stop and checkpoint is None:
         raise UserError("early stopping trains candidates an interval at a time: give a checkpoint")
+    if early_stop == 1:
+        raise UserError("early stopping needs 2 evaluations or more that agree, or 0 for never")
     checkpoints = [checkpoint and checkpoint({i: sets[i] for i in group}) for group in groups]
     for end in [*range(every, steps, every), steps] if early_stop else [steps]:
         mine = {}
@@ -1187,7 +1203,7 @@ def place_layers(how: str, L: int, k: int, seed=0, teacher_name="") -> list[int]
                         f"{', '.join(known)}")  # fmt: skip
     draw = torch.Generator().manual_seed(1000 * int(how[7:] or 0) + seed if "random" in how else 0)
     return {
-        "uniform": [(i + 1) * L // k - 1 for i in range(k)],  # the official code's: the last is in
+        "uniform": [(i + 1) * L // k - 1 for i in range(k)],  # official, for Llama: the last is in
         "centred": [int((i + 0.5) * L / k) for i in range(k)],  # the same, moved to the middle
         "random": sorted(torch.randperm(L, generator=draw)[:k].tolist()),
         "first": list(range(k)),
@@ -1272,7 +1288,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--softmax-layers", type=int, metavar="K", help="softmax layers [embedded 1, else L/4]")
     add("--select", default="ga-s2", help=f"3,7,11 or {', '.join((*SELECTORS, *RULES))}")
     add("--early-stop", type=int, default=0, help="evaluations with the same K best that end it")
-    add("--evaluate-every", type=int, help="steps between evaluations of the selection [half]")
+    add("--evaluate-every", type=int, help="steps of the selection [half; a tenth to stop early]")
     add("--candidates-at-once", type=int, help="candidates in memory at a time [L/8]")
     add("--baselines", help="further rows: all-linear, any of --select, or none")
     add("--mixer", default="gdn", help=f"the linear attention: {', '.join(MIXERS)}")
@@ -1307,6 +1323,7 @@ def resolve(s, teacher):
         if not 0 <= (getattr(s, name) or 0) < 2**32:
             raise UserError(f"--{name.replace('_', '-')} must be within 0..2^32-1")
     require(s.held_out > 0, f"--held-out must be at least 1 sequence, not {s.held_out}")
+    require(s.early_stop != 1, "--early-stop must be 0 or at least 2: one evaluation agrees alone")
     with one_sentence(f"cannot use --device {s.device}"):
         torch.empty(1, device=s.device).item()
     if s.device not in ("cpu", "cuda") and world > 1:
@@ -1317,10 +1334,13 @@ def resolve(s, teacher):
     for stage, default in (PAPER if large else SMALL if s.teacher else EMBEDDED).items():
         values = dataclasses.asdict(default).items()
         s.budgets[stage] = Budget(*(getattr(s, f"{stage}_{n}", value) for n, value in values))
+    # of each of the two parts
+    s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
     s.checkpointing = large if s.checkpointing is None else s.checkpointing
     rows = "none" if large else "all-linear,uniform,centred,random"
     rows += ",first,last,random-1,random-2" if s.teacher and not large else ""
-    s.baselines = [name for name in (s.baselines or rows).split(",") if name != "none"]
+    s.select, s.baselines = s.select.replace(" ", ""), (s.baselines or rows).replace(" ", "")
+    s.baselines = [name for name in s.baselines.split(",") if name != "none"]
     names, k = (*SELECTORS, *RULES), max(1, L // 4) if s.teacher else 1
     known, s.vocab, s.placed = ", ".join(names), teacher.config.vocab_size, {"all-linear": []}
     if unknown := set(s.baselines) - {"all-linear", *names}:
@@ -1383,6 +1403,7 @@ class EmbeddedCorpus:
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part."""
+        require(b.batch > 1, "the embedded corpus fills half a batch each: --S-batch of 2 or more")
         draw = functools.partial(seeded, self.seed, stage)
         return lambda step: torch.cat(self.sample("train", b.batch, b.length, draw(step)))
 
@@ -1425,6 +1446,9 @@ class TokenCorpus:
         """A function of the step -> tokens [batch, length] of the train part, shuffled."""
         rows = self._rows("train", b.length)
         order = torch.randperm(len(rows), generator=seeded(self.seed, stage)).numpy()
+        passes = b.steps * b.batch / len(rows)
+        if passes > 1 and rank_and_world()[0] == 0:
+            print(f"{stage} makes {passes:.1f} passes over the data", file=sys.stderr)
 
         def at(step):
             mine = order[np.arange(step * b.batch, (step + 1) * b.batch) % len(rows)]
@@ -1469,8 +1493,7 @@ def load_tokens(s, tokenizer):
     """
     file = path = Path(s.data)
     if path.suffix != ".npy":
-        count = max(b.tokens for b in s.budgets.values())
-        count += 2 * s.held_out * s.budgets["distill"].length
+        count = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out_tokens
         files = [f for f in (path, *sorted(path.rglob("*"))) if f.is_file()]
         stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         name = key([s.data, s.data_config, s.text_column, s.chat, s.teacher, s.seed, count, stats])
@@ -1504,7 +1527,8 @@ def load_documents(s, files):
             rows = (rows["train"] if isinstance(rows, dict) else rows).to_iterable_dataset()
         else:
             found = {kinds[file.suffix] for file in files if file.suffix in kinds}
-            require(len(found) == 1, "it must hold .txt, .jsonl or .parquet files of one kind")
+            some = ", ".join(sorted(found)) or "none"
+            require(len(found) == 1, f"it must hold text, json or parquet files alone, not {some}")
             names = [glob.escape(str(file)) for file in files if file.suffix in kinds]
             how = {"sample_by": "document"} if found == {"text"} else {}
             rows = datasets.load_dataset(*found, data_files=names, **how, **streamed)
@@ -1589,7 +1613,8 @@ def recall_accuracy(model, prompts, answers, batch: int = 32) -> float:
 @torch.no_grad()
 def cache_bytes(model, length: int) -> int:
     """Bytes of the cache of one sequence: keys and values grow with its length, states do not."""
-    output = model.model(input_ids=torch.ones(1, length, dtype=torch.long, device=model.device))
+    tokens = torch.ones(1, length, dtype=torch.long, device=model.device)
+    output = model.model(input_ids=tokens, use_cache=True)
     cache = next(value for value in output.values() if isinstance(value, Cache))
     states = [x.tensors if hasattr(x, "tensors") else (x.keys, x.values) for x in cache.layers]
     return sum(t.nbytes for state in states for t in state)
@@ -1688,16 +1713,18 @@ def key(parts) -> str:
 def run(s, teacher, tokenizer, corpus) -> dict:
     """All stages, then report.json, report.md and student/ in the run folder; returns the report.
 
-    A stage is keyed by the settings up to it: another K, baseline or later budget pays for itself
-    alone. Of the processes of torchrun the first one evaluates and writes.
+    A stage is keyed by data, losses, mixer and the settings up to it: another K, baseline or later
+    learning rate pays for itself alone. Of the processes of torchrun the first one evaluates and
+    writes.
     """
     out, b, first = Path(s.out), s.budgets, rank_and_world()[0] == 0
     names = list(dict.fromkeys([s.select, *s.baselines]))
     asked = recall_prompts(*corpus.words(), 32, 256, seeded(s.seed, "ar")) if "ar" in names else ()
-    own = (of for of in MIXERS[s.mixer].__mro__ if issubclass(of, LinearAttention))
+    code = [of for of in MIXERS[s.mixer].__mro__ if issubclass(of, LinearAttention)]
+    code += [alignment_loss, kl_loss, cross_entropy_loss, adamw, parameter_groups]
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
     base = [s.teacher, teacher.num_parameters(), str(teacher.dtype), s.seed, s.mixer]
-    base += [*map(inspect.getsource, own), corpus.identity, weights]  # an edited mixer starts anew
+    base += [*map(inspect.getsource, code), corpus.identity, weights]
     batches = {stage: corpus.batches(stage, budget) for stage, budget in b.items()}
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
@@ -1882,8 +1909,8 @@ def main(argv=None) -> int:
         with lock if first else contextlib.nullcontext():
             if s.teacher:
                 teacher, tokenizer = load_teacher(s)
-                held_out = s.held_out * s.budgets["distill"].length
-                corpus = TokenCorpus(load_tokens(s, tokenizer), held_out, s.seed, tokenizer)
+                ids = load_tokens(s, tokenizer)
+                corpus = TokenCorpus(ids, s.held_out_tokens, s.seed, tokenizer)
             else:
                 corpus, tokenizer = EmbeddedCorpus(s.seed), byte_tokenizer()
                 if first:

@@ -516,6 +516,7 @@ def test_keeping_every_layer_keeps_the_teacher(family):
     assert hd.evaluate(student, teacher, {"text": [x]})["kl"] == 0.0
     student = hd.transfer_attention(teacher)
     hybrid = hd.restore_attention(student, teacher, [2])
+    assert hybrid.model.layers[2].self_attn.config is hybrid.config
     pointers = [{p.data_ptr() for p in m.parameters()} for m in (teacher, student, hybrid)]
     assert not pointers[0] & pointers[1] | pointers[0] & pointers[2] | pointers[1] & pointers[2]
     assert equal(before, weights(teacher)) and type(teacher.config) is type(CONFIGS[family])
@@ -618,6 +619,12 @@ def test_chunked_losses_match_the_plain_formulas(chunk):
         first.sum().backward()
     with pytest.raises(ValueError, match="share a vocabulary"):
         hd.kl_loss(h_s, w_s, h_t, w_t[:40])
+    with pytest.raises(ValueError, match="mask must be"):
+        hd.kl_loss(h_s, w_s, h_t, w_t, torch.ones(3, 12), chunk=chunk)
+    with pytest.raises(ValueError, match="labels must be"):
+        hd.cross_entropy_loss(h_s, w_s, torch.zeros(3, 12, dtype=torch.long), chunk=chunk)
+    with pytest.raises(ValueError, match="bias"):
+        hd.kl_loss(h_s, torch.nn.Linear(8, 50), h_t, w_t)
 
 # ----------------------------------------------------------------------------- stages, their recipe
 
@@ -809,9 +816,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(tmp_path):
     good = weights(model)
     assert equal(good, seen[2]) and not equal(good, seen[1]) and model.weight.grad is None
     torch.nn.init.zeros_(model.weight)
+    (save,) = tmp_path.glob("toy/step-2/.metadata")
+    written = save.stat().st_mtime_ns
     with pytest.raises(FloatingPointError):
         hd.train([model], [torch.optim.AdamW(model.parameters())], losses, batches, 4, **how)
     assert equal(good, weights(model)) and len(seen) == 4  # it went on at step 3
+    assert save.stat().st_mtime_ns == written  # the only save is not written again
 
 # -------------------------------------------------------------------------------------- selection
 
@@ -936,7 +946,7 @@ def test_scores_look_at_the_validation_part_alone(watch):
 def test_an_early_end_of_removal_watches_the_layers_that_stay(tmp_path, watch):
     watched = watch(hd, "settled", lambda curves, evaluations, k: k)
     save = lambda sets, early: hd.Checkpoint(tmp_path / hd.key([sets, early]), keep=False)
-    found = [select_by(planted([2]), "gr-s2", k=1, early_stop=1, checkpoint=save) for _ in range(2)]
+    found = [select_by(planted([2]), "gr-s2", k=1, early_stop=2, checkpoint=save) for _ in range(2)]
     assert set(watched) == {3} and found[0] == found[1] and found[0].chosen == [2]
 
 def test_what_has_settled():
@@ -1007,6 +1017,11 @@ def select(*args, kept=()):
      lambda: hd.finetune(make_teacher(), [tokens(2, 16)], 2)),
     ("give a checkpoint",
      lambda: hd.score_layers(transfer(), make_teacher(), [], HELD_OUT, ALONE, 4, early_stop=2)),
+    ("2 evaluations or more", lambda: hd.score_layers(
+        transfer(), make_teacher(), [], HELD_OUT, ALONE, 4, early_stop=1, checkpoint=len)),
+    ("a teacher that recalls", lambda: hd.select_layers(
+        transfer(), make_teacher(), [], HELD_OUT, 1, 1, "ar", recall=lambda model: 0.0)),
+    ("a batch each", lambda: hd.EmbeddedCorpus.batches(None, "align", hd.Budget(64, 16, 1, 1.0))),
 ])  # fmt: skip
 def test_a_wrong_call_gets_one_sentence(sentence, call):
     with pytest.raises(hd.UserError, match=sentence):
@@ -1060,7 +1075,12 @@ def test_every_kind_of_data_gives_the_same_documents(kind, tmp_path, monkeypatch
     assert sorted(documents) == sorted(text.encode() for text in TEXTS) and ids[-1] == 1
     assert documents != sorted(documents)
 
-def test_parts_are_disjoint_and_batches_a_function_of_the_step():
+def test_held_out_parts_hold_the_longer_sequences(folder):
+    s = hd.parse(arguments(folder, "--select-length", 64))
+    hd.resolve(s, make_teacher())
+    assert s.held_out_tokens == 20 * 64
+
+def test_parts_are_disjoint_and_batches_a_function_of_the_step(capsys):
     corpus, budget = hd.TokenCorpus(np.arange(1000), 96, 0), hd.Budget(1600, 16, 2, 1e-3)
     rows = corpus.batches("distill", budget)
     parts = [corpus.held_out(part, 99, 16)["text"] for part in ("validation", "test")]
@@ -1070,6 +1090,7 @@ def test_parts_are_disjoint_and_batches_a_function_of_the_step():
     again = hd.TokenCorpus(np.arange(1000), 96, 0).batches("distill", budget)
     assert torch.equal(rows(7), again(7))
     assert not torch.equal(rows(0), corpus.batches("align", budget)(0))
+    assert "distill makes 2.0 passes" in capsys.readouterr().err
 
 # ------------------------------------------------------------------------------------ a whole run
 
@@ -1108,9 +1129,11 @@ def test_changed_data_teacher_or_mixer_is_not_taken_for_the_old_one(folder, monk
         make_teacher(seed=seed).save_pretrained(folder / "teacher")
         perplexities.add(ran(folder, *more)["rows"][0]["perplexity"])
     assert len(perplexities) == 3
-    monkeypatch.setattr(hd.inspect, "getsource", lambda of: f"{of.__name__}, edited")
+    edited = []
+    monkeypatch.setattr(hd.inspect, "getsource", lambda of: edited.append(of.__name__) or "edited")
     ran(folder, *more)
     assert len([*(folder / "run").glob("align-*")]) == 4
+    assert {"GatedDeltaNet", "alignment_loss", "kl_loss", "adamw"} <= set(edited)
 
 def test_iterated_selection_is_the_same_one_candidate_at_a_time(folder):
     """Each round scores the same layers beside others: no round may read another one's scores."""
@@ -1161,6 +1184,7 @@ WRONG = [
     (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
     (["--micro-batch", "-1"], "--micro-batch must be within 0"),
     (["--softmax-layers", "0"], "not 0"),
+    (["--early-stop", "1"], "--early-stop must be 0 or at least 2"),
     (["--device", "abacus"], "cannot use --device abacus"),
     (["--out", "bad.txt"], "cannot write in --out bad.txt"),
 ]  # fmt: skip
@@ -1220,7 +1244,9 @@ def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path):
     model, x, teacher = load(saved_student), tokens(1, 9), make_teacher("qwen3")
     ours = hd.HYBRIDS[type(teacher)].from_pretrained(saved_student)  # not by the file beside it
     assert equal(weights(ours), weights(model))
+    model.config.use_cache = False
     assert list(hd.mixers(model)) == [0, 2, 3] and hd.cache_bytes(model, 16) > 0
+    model.config.use_cache = True
     assert hd.evaluate(model, teacher, {"text": [x]})["kl"] > 0
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
