@@ -1403,7 +1403,7 @@ class EmbeddedCorpus:
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part."""
-        require(b.batch > 1, "the embedded corpus fills half a batch each: --S-batch of 2 or more")
+        require(b.batch > 1, f"each half of a batch is of a kind: --{stage}-batch of 2 or more")
         draw = functools.partial(seeded, self.seed, stage)
         return lambda step: torch.cat(self.sample("train", b.batch, b.length, draw(step)))
 
@@ -1462,8 +1462,9 @@ class TokenCorpus:
     def _rows(self, part, length):
         ids = self.parts[part]
         if len(ids) < length:
-            raise UserError(f"the {part} part has {len(ids)} tokens, too few for a sequence of "
-                            f"{length}: give more data or a smaller --held-out")  # fmt: skip
+            raise UserError(
+                f"the {part} part has {len(ids)} tokens, too few for a sequence of {length}: "
+                "give more data, shorter sequences or a smaller --held-out")  # fmt: skip
         return ids[: len(ids) // length * length].reshape(-1, length)
 
     def words(self):
@@ -1503,6 +1504,7 @@ def load_tokens(s, tokenizer):
             with one_sentence(f"cannot read --data {s.data}"):
                 ids = itertools.islice(tokenised(documents, s, tokenizer), count)
                 ids = np.fromiter(tqdm(ids, "tokenise", count, unit_scale=True), np.uint32)
+                require(len(ids), "it holds no text")
             write(file, ids)
         gather("tokenised")
     with one_sentence(f"cannot load --data {s.data}"):
@@ -1527,6 +1529,7 @@ def load_documents(s, files):
             rows = (rows["train"] if isinstance(rows, dict) else rows).to_iterable_dataset()
         else:
             found = {kinds[file.suffix] for file in files if file.suffix in kinds}
+            require(any(file.stat().st_size for file in files), "it is empty")
             some = ", ".join(sorted(found)) or "none"
             require(len(found) == 1, f"it must hold text, json or parquet files alone, not {some}")
             names = [glob.escape(str(file)) for file in files if file.suffix in kinds]
@@ -1830,7 +1833,7 @@ def stage_rows(checkpoints) -> list[dict]:
 def cell(value) -> str:
     """A value in a table: every kind in its own form."""
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {cell(v)}" for name, v in value.items())
+        return ", ".join(f"{name}: {cell(v)}" for name, v in value.items()) or "-"
     if isinstance(value, list):
         return " ".join(map(cell, value)) or "-"
     if isinstance(value, float) and value < 1000:

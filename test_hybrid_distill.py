@@ -1031,7 +1031,8 @@ def select(*args, kept=()):
         transfer(), make_teacher(), [], HELD_OUT, ALONE, 4, early_stop=1, checkpoint=len)),
     ("a teacher that recalls", lambda: hd.select_layers(
         transfer(), make_teacher(), [], HELD_OUT, 1, 1, "ar", recall=lambda model: 0.0)),
-    ("a batch each", lambda: hd.EmbeddedCorpus.batches(None, "align", hd.Budget(64, 16, 1, 1.0))),
+    ("--align-batch of 2",
+     lambda: hd.EmbeddedCorpus.batches(None, "align", hd.Budget(64, 16, 1, 1.0))),
 ])  # fmt: skip
 def test_a_wrong_call_gets_one_sentence(sentence, call):
     with pytest.raises(hd.UserError, match=sentence):
@@ -1191,6 +1192,8 @@ WRONG = [
     *[(["--data", f"wrong-{n}.npy"], "it must hold a row of token ids, integers below 384")
       for n in range(5)],
     (["--data", "bad.txt"], "cannot read --data bad.txt"),
+    (["--data", "empty.jsonl"], "it is empty"),
+    (["--data", "null.jsonl"], "it holds no text"),
     (["--chat"], "are for text: a .npy"),
     (["--held-out", "0"], "--held-out must be at least 1"),
     (["--align-lr", "0"], "needs lr > 0"),
@@ -1212,6 +1215,8 @@ def test_wrong_input_gets_one_sentence_before_anything_trains(
         np.save(f"wrong-{n}.npy", ids)
     Path("run").mkdir()
     Path("bad.txt").write_bytes(b"\xff")
+    Path("empty.jsonl").touch()
+    Path("null.jsonl").write_text('{"text": ""}\n')
     with contextlib.nullcontext() if more else filelock.FileLock("run/.lock"):
         assert hd.main(arguments(folder, *more)) == 1
     error = capsys.readouterr().err.strip().split("error: ")[-1]
