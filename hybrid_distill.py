@@ -451,10 +451,10 @@ def _weight(head):
 def _token_weights(hidden, mask):
     """Each token's share of the mean, fp32, summing to 1; all zero for a mask without a token."""
     tokens = hidden.shape[:-1].numel()
-    if mask is not None and mask.shape != hidden.shape[:-1]:
-        raise ValueError(f"the mask must be {list(hidden.shape[:-1])}, not {list(mask.shape)}")
     if mask is None:
         return torch.full((tokens,), 1 / tokens, device=hidden.device)
+    if mask.shape != hidden.shape[:-1]:
+        raise ValueError(f"the mask must be {list(hidden.shape[:-1])}, not {list(mask.shape)}")
     mask = mask.flatten().float()
     return mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)
 
@@ -538,8 +538,7 @@ def check_layers(softmax_layers, L: int) -> list[int]:
 # --------------------------------------------------------------- the training loop of every stage
 
 def train(models, optimizers, losses, batches, steps, *, schedule=None, micro_batch=None,
-          evaluation=None, evaluate_every=None, until=None, checkpoint=None,
-          shared=False):  # fmt: skip
+          evaluation=None, evaluate_every=None, until=None, checkpoint=None, shared=False):
     """The loop behind every stage -> its history, a row a step: {"step", loss: value, ..., "loss"}.
 
     models: modules, each clipped to gradient norm 1 for itself. What requires a gradient trains, in
@@ -690,7 +689,7 @@ class Checkpoint:
     def __init__(self, folder, keep=True, seconds=30.0):
         self.folder, self.keep = Path(folder), keep
         self.metrics = self.folder / "metrics.jsonl"
-        self.seconds, self.saved_at = seconds, 0.0
+        self.seconds, self.saved_at, self.step = seconds, 0.0, -1  # step: of the newest save
 
     def history(self) -> list[dict]:
         text = self.metrics.read_text() if self.metrics.exists() else ""
@@ -706,7 +705,7 @@ class Checkpoint:
         self.seconds, self.saved_at = max(self.seconds, 10 * 12e-9 * count), time.monotonic()
         # A save is complete when .metadata is there: it is written, fsynced and renamed last.
         saves = {int(f.parent.name[5:]): f.parent for f in self.folder.glob("step-*/.metadata")}
-        step = max(saves, default=-1)
+        step = self.step = max(saves, default=-1)
         if step >= 0:
             state = self._state(module, optimizers if step < steps else ())
             dcp.load(state, checkpoint_id=saves[step], no_dist=True)  # into the tensors themselves
@@ -735,7 +734,7 @@ class Checkpoint:
     def save(self, history, module, optimizers=(), shared=False) -> None:
         """Of processes that train together the first one writes; of a model cut over them, all."""
         start, new = time.monotonic(), self.folder / f"step-{history[-1]['step']}"
-        if (new / ".metadata").exists():  # nothing happened since
+        if history[-1]["step"] == self.step:  # nothing happened since
             return
         cut = any(isinstance(p, DTensor) for p in module.parameters())
         first = not shared or rank_and_world()[0] == 0
@@ -751,7 +750,7 @@ class Checkpoint:
             shutil.rmtree(old)
         if shared:
             gather("whoever loads this stage finds it saved")
-        self.saved_at = time.monotonic()
+        self.saved_at, self.step = time.monotonic(), history[-1]["step"]
         self.seconds = max(self.seconds, 10 * (self.saved_at - start))
 
 def write(path: Path, content) -> None:
@@ -1288,7 +1287,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--softmax-layers", type=int, metavar="K", help="softmax layers [embedded 1, else L/4]")
     add("--select", default="ga-s2", help=f"3,7,11 or {', '.join((*SELECTORS, *RULES))}")
     add("--early-stop", type=int, default=0, help="evaluations with the same K best that end it")
-    add("--evaluate-every", type=int, help="steps of the selection [half; a tenth to stop early]")
+    add("--evaluate-every", type=int, help="steps between evaluations [half; to stop early: tenth]")
     add("--candidates-at-once", type=int, help="candidates in memory at a time [L/8]")
     add("--baselines", help="further rows: all-linear, any of --select, or none")
     add("--mixer", default="gdn", help=f"the linear attention: {', '.join(MIXERS)}")
@@ -1798,11 +1797,12 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             write(file, json.dumps(row))
         cost = {f"selection_{what}": one.get(what, 0) for what in ("tokens", "evaluations")}
         rows.append({"name": name, **json.loads(file.read_text()), **cost})
+    if not first:
+        return {}
     report = {"teacher": s.teacher or "embedded", "machine": machine(s.device), "rows": rows}
     report |= {"selection": selection, "selections": found, "stages": stage_rows(stages.values())}
-    if first:
-        write(out / "report.json", json.dumps(report, indent=1))
-        write(out / "report.md", markdown(report))
+    write(out / "report.json", json.dumps(report, indent=1))
+    write(out / "report.md", markdown(report))
     return report
 
 def recompute_activations(model) -> None:

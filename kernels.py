@@ -494,7 +494,7 @@ def decode_kernel(q, k, v, g, beta, S0, o, S_out, tokens, scale, H: constexpr, H
     """recurrent_gated_delta_rule, the state read once and written once. Grid (Dv / BV * B * HV)."""
     S, v0, state, h, start, _, _ = walk(None, None, tokens, HV, DK, DV, BK, BV, 1)
     rk, rv = tl.arange(0, BK), v0 + tl.arange(0, BV)
-    if S0 is not None:
+    if S0 is not None:  # read here: by walk the compiler makes other code of it at d = 128
         S += load_tile(S0 + state * DK * DV, DK, v0, DV, DV, BK, BV)
     for t in range(tokens):
         at_k, at = ((start + t) * H + h // (HV // H)) * DK + rk, (start + t) * HV + h

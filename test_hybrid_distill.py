@@ -741,6 +741,7 @@ def test_a_bf16_student_trains_in_fp32_and_comes_back(name, watch):
     student, _ = stage(name, teacher, 2)
     assert set.union(*during) == {torch.float32} and set.union(*inside) == {torch.bfloat16}
     assert not student.training
+    assert torch.isfinite(student(tokens(1, 9)).logits).all()
     for pname, p in student.named_parameters():
         wanted = torch.float32 if pname.endswith(("A_log", "dt_bias")) else torch.bfloat16
         assert p.dtype == wanted and p.grad is None, pname
