@@ -57,7 +57,7 @@ def batch(corpus, step):
     pairs = 4 << min(3, step // 35)
     length = 4 * pairs  # every pair once, then every key once more with its value
     draw = seeded(SEED, "teacher", step)
-    return corpus.sample("train", max(32, 2048 // length), length, draw, pairs)
+    return corpus.sample("train", max(32, 2048 // length), length, draw, pairs).values()
 
 def last_hidden(teacher, tokens):
     return teacher.model(input_ids=tokens, use_cache=False).last_hidden_state
