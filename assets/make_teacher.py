@@ -93,7 +93,7 @@ def train(teacher, corpus):
 @torch.no_grad()
 def report(teacher, corpus):
     """Perplexity of the test part's text, and the share of right answers in its recall."""
-    text, recall = corpus.sample("test", 64, 128, seeded(SEED, "test", 128))
+    text, recall = corpus.sample("test", 64, 128, seeded(SEED, "test", 128)).values()
     loss = next(losses(teacher, text, recall))
     written = teacher.lm_head(last_hidden(teacher, recall)).argmax(-1)
     right = written[:, 64:-1:2] == recall[:, 65::2]
