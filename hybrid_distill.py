@@ -198,6 +198,7 @@ class GatedDeltaNet(Mixer):
     def step(self, x, q, k, v, gate, S, real):
         """All between the products of one token (T = 1) -> o [B, 1, H, Dh], normed and gated, S."""
         gates = self.a_proj(x), self.b_proj(x), gate, self.A_log, self.dt_bias
+        real = None if real is None else real[:, 0]
         return gated_delta_step(q, k, v, *gates, self.o_norm, 1e-5, S, real)
 
 class GatedLinearAttention(Mixer):
