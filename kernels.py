@@ -33,11 +33,13 @@ a chunk writes U~ = U - W S_0 = T (V - gamma K S_0). T, W and U are never formed
     X  = (I + M^T beta)^-1 dU~ = (I + N^T beta) dU~   so   dV = beta X, dM = -dV U~^T, dbeta = X.V~
 One N serves both directions; as V~ is kept, not U~, dbeta is a product, and beta may be 0.
 """
+import contextlib
 import functools
 import importlib.machinery
 import inspect
 import itertools
 import os
+import statistics
 import sys
 import timeit
 import warnings
@@ -68,6 +70,7 @@ def recurrent_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
     [B, HV, Dk, Dv] or None (zero); use_qk_l2norm_in_kernel divides q and k by their length first.
     It works in fp32, or in fp64 if q is, also under autocast. Source: [1].
     Returns o [B, T, HV, Dv] in the dtype of v, and the final state (fp32 or fp64) or None."""
+    check_inputs(q, k, v, g, beta, initial_state)
     (_, T, H, Dk), (B, _, HV, Dv) = q.shape, v.shape
     dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
     scale = Dk**-0.5 if scale is None else scale
@@ -168,7 +171,8 @@ def torch_chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=Non
                                  output_final_state=False,
                                  use_qk_l2norm_in_kernel=False):  # fmt: skip
     """recurrent_gated_delta_rule in chunks, with the same arguments and returns: any device,
-    differentiable once. To copy it out take ChunkedTorch and l2norm along."""
+    differentiable once. To copy it out take ChunkedTorch, l2norm and check_inputs along."""
+    check_inputs(q, k, v, g, beta, initial_state)
     (B, T, _, Dk), (HV, Dv) = q.shape, v.shape[2:]
     dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
     C = min(64 if max(Dk, Dv) > 32 else 32, T)  # measured: small heads like small chunks
@@ -488,28 +492,47 @@ def backward_chunk_kernel(q, k, g, factors, do, error, X, states, dstates, dq, d
     tl.store(dg + at + r * HV, after + tl.sum(kr, 0) + gamma_C * sds, mask=r < left)
 
 @jit
-def decode_kernel(q, k, v, g, beta, S0, o, S_out, tokens, scale, H: constexpr, HV: constexpr,
-                  DK: constexpr, DV: constexpr, BK: constexpr, BV: constexpr,
-                  NORM: constexpr):  # fmt: skip
-    """recurrent_gated_delta_rule, the state read once and written once. Grid (Dv / BV * B * HV)."""
-    S, v0, state, h, start, _, _ = walk(None, None, tokens, HV, DK, DV, BK, BV, 1)
-    rk, rv = tl.arange(0, BK), v0 + tl.arange(0, BV)
-    if S0 is not None:  # read here: by walk the compiler makes other code of it at d = 128
-        S += load_tile(S0 + state * DK * DV, DK, v0, DV, DV, BK, BV)
-    for t in range(tokens):
-        at_k, at = ((start + t) * H + h // (HV // H)) * DK + rk, (start + t) * HV + h
-        bk = tl.load(k + at_k, mask=rk < DK, other=0.0).to(tl.float32)
-        bq = tl.load(q + at_k, mask=rk < DK, other=0.0).to(tl.float32)
-        bv = tl.load(v + at * DV + rv, mask=rv < DV, other=0.0).to(tl.float32)
-        if NORM:
-            bk *= tl.rsqrt(tl.sum(bk * bk, 0) + 1e-6)
-            bq *= tl.rsqrt(tl.sum(bq * bq, 0) + 1e-6)
-        S *= tl.exp(tl.load(g + at))  # decay first
-        error = bv - tl.sum(S * bk[:, None], 0)
-        S += bk[:, None] * (tl.load(beta + at) * error)[None, :]
-        bo = tl.sum(S * bq[:, None], 0) * scale
-        tl.store(o + at * DV + rv, bo.to(o.dtype.element_ty), mask=rv < DV)
-    store_tile(S_out + state * DK * DV, S, DK, v0, DV, DV)
+def step_kernel(q, k, v, a, b, gate, A_log, dt_bias, weight, S0, real, o, S_out, stride, eps, scale,
+                H: constexpr, D: constexpr, BD: constexpr, BV: constexpr):  # fmt: skip
+    """torch_gated_delta_step of one head, BV columns of the state at a time, each read once and
+    written once. Grid (B * HV)."""
+    head = tl.program_id(0).to(tl.int64)
+    h, d, j, n = head % H, tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BD // BV)
+    # 1. g = -exp(A_log) softplus(x) = -exp(A_log) (max(x, 0) + log(1 + y)), y = exp(-|x|), and
+    #    log(1 + y) = 2 artanh(z) = 2 (z + z^3 / 3 + z^5 / 5 ...), which loses no digit of a small y
+    x = tl.load(a + head).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
+    y = tl.exp(-tl.abs(x))
+    z, series = y / (2.0 + y), 0.0
+    for m in tl.static_range(8):
+        series = series * z * z + 1.0 / (15 - 2 * m)
+    g = -tl.exp(tl.load(A_log + h).to(tl.float32)) * (tl.maximum(x, 0.0) + 2.0 * z * series)
+    beta = tl.sigmoid(tl.load(b + head).to(tl.float32))
+    if real is not None:  # padding decays nothing and writes nothing
+        token = tl.load(real + head // H * stride) != 0
+        g, beta = tl.where(token, g, 0.0), tl.where(token, beta, 0.0)
+    # 2. q = SiLU(q) / |SiLU(q)| D^-1/2,  k = SiLU(k) / |SiLU(k)|
+    bq, bk = silu(q + head * D, d, D), silu(k + head * D, d, D)
+    bq *= tl.rsqrt(tl.sum(bq * bq, 0) + 1e-6) * scale
+    bk *= tl.rsqrt(tl.sum(bk * bk, 0) + 1e-6)
+    # 3. S~ = exp(g) S,  S = S~ + k (x) beta (v - S~^T k),  o = S^T q
+    bo = tl.zeros([BD // BV, BV], tl.float32)
+    for m in tl.static_range(BD // BV):
+        S = load_tile(S0 + head * D * D, D, m * BV, D, D, BD, BV) * tl.exp(g)
+        error = silu(v + head * D, m * BV + j, D) - tl.sum(S * bk[:, None], 0)
+        S += bk[:, None] * (beta * error)[None, :]
+        store_tile(S_out + head * D * D, S, D, m * BV, D, D)
+        bo += tl.where(n[:, None] == m, tl.sum(S * bq[:, None], 0)[None, :], 0.0)
+    # 4. RMSNorm(o) * weight * SiLU(gate)
+    column = n[:, None] * BV + j[None, :]
+    bo *= tl.rsqrt(tl.sum(bo * bo) / D + eps) * silu(gate + head * D, column, D)
+    bo *= tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    tl.store(o + head * D + column, bo.to(o.dtype.element_ty), mask=column < D)
+
+@jit
+def silu(x, at, D: constexpr):
+    """SiLU of the numbers of x `at` these places, fp32; 0 from D on."""
+    x = tl.load(x + at, mask=at < D, other=0.0).to(tl.float32)
+    return x * tl.sigmoid(x)
 
 # ------------------------------------------------------------------- Triton: launching them
 
@@ -536,10 +559,11 @@ def tiles(H, HV, Dk, Dv, dtype, generation):
         by_chunk["maxnreg"] = 168  # three programs share a multiprocessor, not two
     return by_chunk, {**by_sequence, "num_stages": 2}, by_block
 
-def launch_forward(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep, launch=True):
-    """-> o, final state, N and P, factors; V~ and the states too if a backward is to come (keep).
-    Contiguous inputs; q, k, v of one dtype, the rest fp32. For the tables see packed_tables.
-    launch=False: all of it empty, for torch.compile."""
+def launch_forward(inputs, others, scale, norm, keep, launch=True):
+    """q, k, v, g, beta; S0 or None and packed_tables or None -> o, final state, N and P, factors;
+    V~ and the states too if a backward is to come (keep). Contiguous inputs; q, k, v of one dtype,
+    the rest fp32. launch=False: all of it empty, for torch.compile."""
+    (q, k, v, g, beta), (S0, sequences, chunks) = inputs, others
     B, T, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
     C = chunk_length(Dk, q.dtype)
     count = B * (-(-T // C)) if chunks is None else len(chunks)
@@ -557,9 +581,9 @@ def launch_forward(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep, l
         forward_kernel[grid](q, k, v, NP, factors, S0, o, S, error, states, sequences, T, **walks)
     return outputs
 
-def launch_backward(q, k, g, NP, factors, error, states, do, dS, sequences, chunks, scale, norm,
-                    count, launch=True):  # fmt: skip
+def launch_backward(inputs, others, scale, norm, count, launch=True):
     """-> gradients of q, k, v, g, beta and of `count` initial states (0: there were none)."""
+    (q, k, g, NP, factors, error, states, do), (dS, sequences, chunks) = inputs, others
     B, T, H, Dk, HV, Dv = *q.shape, *error.shape[2:]
     dtype = q.dtype if H == HV else torch.float32
     X, dv, dg, dbeta = (torch.empty_like(x) for x in (error, error, g, g))
@@ -577,26 +601,13 @@ def launch_backward(q, k, g, NP, factors, error, states, do, dS, sequences, chun
         outputs = [x.unflatten(2, (H, HV // H)).sum(3).to(q.dtype) for x in outputs]
     return [*outputs, dv, dg, dbeta, dS0]
 
-def launch_decode(q, k, v, g, beta, S0, scale, norm):
-    """-> o, new state. Contiguous inputs."""
-    B, T, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
-    o, S = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv)
-    how = dict(H=H, HV=HV, DK=Dk, DV=Dv, BK=triton.next_power_of_2(Dk), BV=16, NORM=norm)
-    grid = (-(-Dv // 16) * B * HV,)
-    with torch.cuda.device_of(q):
-        decode_kernel[grid](q, k, v, g, beta, S0, o, S, T, scale, num_warps=4, **how)
-    return o, S
-
 # The same as custom ops for torch.compile; eager PyTorch calls the functions, which is quicker. One
 # namespace per module: a saved checkpoint brings its own copy of this file.
 OPS = "hybrid_distill_" + "".join(c if c.isalnum() else "_" for c in __name__)
-FORWARD = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? S0"
-BACKWARD = ", ".join(f"Tensor {x}" for x in "q k g NP factors error states do".split())
-END = "Tensor? sequences, Tensor? chunks, float scale, bool norm"
-FORWARD, BACKWARD = f"{FORWARD}, {END}, bool keep", f"{BACKWARD}, Tensor? dS, {END}, SymInt count"
-op = functools.partial(torch.library.custom_op, mutates_args=())
-forward_op = op(OPS + "::forward", launch_forward, schema=f"({FORWARD}) -> Tensor[]")
-backward_op = op(OPS + "::backward", launch_backward, schema=f"({BACKWARD}) -> Tensor[]")
+SCHEMA = "(Tensor[] inputs, Tensor?[] others, float scale, bool norm, SymInt n) -> Tensor[]"
+op = functools.partial(torch.library.custom_op, mutates_args=(), schema=SCHEMA)
+forward_op = op(OPS + "::forward", launch_forward)
+backward_op = op(OPS + "::backward", launch_backward)
 forward_op.register_fake(functools.partial(launch_forward, launch=False))
 backward_op.register_fake(functools.partial(launch_backward, launch=False))
 
@@ -605,8 +616,9 @@ class ChunkedTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep):
-        op = forward_op if torch.compiler.is_compiling() else launch_forward
-        o, S, *kept = op(q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep)
+        launch = forward_op if torch.compiler.is_compiling() else launch_forward
+        others = [S0, sequences, chunks]
+        o, S, *kept = launch([q, k, v, g, beta], others, scale, norm, keep)
         ctx.save_for_backward(q, k, g, *kept, sequences, chunks)
         ctx.options = scale, norm, 0 if S0 is None else len(S0)
         ctx.set_materialize_grads(False)
@@ -614,13 +626,13 @@ class ChunkedTriton(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dS):
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:  # create_graph=True
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise RuntimeError("the chunked gated delta rule has no second derivative")
-        *kept, error, states, sequences, chunks = ctx.saved_tensors
-        do = torch.zeros_like(error) if do is None else do.contiguous()
-        inputs = error, states, do, None if dS is None else dS.contiguous(), sequences, chunks
-        *grads, dS0 = (backward_op if compiling else launch_backward)(*kept, *inputs, *ctx.options)
+        launch = backward_op if torch.compiler.is_compiling() else launch_backward
+        *kept, sequences, chunks = ctx.saved_tensors
+        do = torch.zeros_like(kept[5]) if do is None else do.contiguous()
+        others = [None if dS is None else dS.contiguous(), sequences, chunks]
+        *grads, dS0 = launch([*kept, do], others, *ctx.options)
         return *grads, dS0 if ctx.options[-1] else None, None, None, None, None, None
 
 def packed_tables(cu_seqlens, T, C):
@@ -635,9 +647,8 @@ def packed_tables(cu_seqlens, T, C):
     chunks = torch.stack([token, start[s] + length[s] - token], 1)
     return torch.stack([start, length, first], 1), chunks
 
-def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm, cu_seqlens=None,
-                                  decode=False):  # fmt: skip
-    """The rule on the Triton kernels, in chunks or (decode) token by token, without its checks."""
+def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm, cu_seqlens=None):
+    """The rule on the Triton kernels, without its checks."""
     if getattr(scale, "requires_grad", False):
         raise ValueError("scale must be a number here: no gradient reaches it")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -646,10 +657,7 @@ def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm,
     tables = None, None
     if cu_seqlens is not None:
         tables = packed_tables(cu_seqlens, q.shape[1], chunk_length(q.shape[3], q.dtype))
-    if decode:
-        o, S = launch_decode(*inputs, scale, norm)
-    else:
-        o, S = ChunkedTriton.apply(*inputs, *tables, scale, norm, wants_grad(*inputs))
+    o, S = ChunkedTriton.apply(*inputs, *tables, scale, norm, wants_grad(*inputs))
     return o, S if keep_state else None
 
 def wants_grad(*tensors):
@@ -657,7 +665,7 @@ def wants_grad(*tensors):
 
 # ------------------------------------------------------------------- the switch and its trial
 
-NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "dbeta", "d initial state", "o, decoding")
+NAMES = "o", "final state", "dq", "dk", "dv", "dg", "dbeta", "d initial state", "step o", "step S"
 LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}  # of their errors
 
 def example(B, T, H, HV, Dk, Dv, kind="random", dtype=torch.float32, device="cpu", seed=0):
@@ -683,38 +691,40 @@ def everything(rule, inputs, seed=1, **options):
     gradients = [torch.randn(x.shape, generator=rng, device="cpu").to(x) for x in outputs]
     return [x.detach() for x in outputs] + [*torch.autograd.grad(outputs, inputs, gradients)]
 
+def one_token(q, k, v, g, beta, S):
+    """Arguments of gated_delta_step, made of an example."""
+    v, a, b, S = v[:, :1], g[:, :1], beta[:, :1], S.mT @ S / S.shape[2]
+    return v.roll(1, -1), v.flip(-1), v, a, b, v.roll(2, -1), b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S
+
 def errors(rule, inputs, **options):
     """-> relative RMS errors of everything(rule) against the fp64 recurrence on the same inputs,
-    and, where Triton runs, that of o from decode_kernel: in the order of NAMES."""
-    truth = everything(recurrent_gated_delta_rule, [x.double() for x in inputs])
-    found = everything(rule, inputs, **options)
+    and, where Triton runs, those of the fused step: in the order of NAMES."""
+    exact = [x.double() for x in inputs]
+    truth, found = everything(recurrent_gated_delta_rule, exact), everything(rule, inputs, **options)
     if rule is triton_chunk_gated_delta_rule or options.get("backend") == "triton":
-        found.append(launch_decode(*inputs, inputs[0].shape[-1] ** -0.5, True)[0])
-    return [((x - y).norm() / y.norm()).item() for x, y in zip(found, truth + truth[:1])]
+        truth += torch_gated_delta_step(*one_token(*exact))
+        found += triton_gated_delta_step(*one_token(*inputs))
+    return [((x - y).norm() / y.norm()).item() for x, y in zip(found, truth)]
 
 @functools.lru_cache(maxsize=None)
 def why_not_triton(device, dtype, H, HV, Dk, Dv):
     """None if the Triton kernels give what the recurrence gives on this device, else the reason.
 
     An import that succeeds proves nothing, and a compiler can be wrong at one head size only: so
-    the kernels are launched, once per process, device and head shape, and compared."""
-    if triton is None:
-        return "the package triton is not installed"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or max(Dk, Dv) > 256:
-        return f"the kernels take bf16, fp16 and fp32, heads up to 256; not {dtype}, {Dk}, {Dv}"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None  # for tests, which compare by themselves
-    if not device.startswith("cuda"):
-        return f"the kernels run on a GPU, not on the device {device}"
+    the kernels are launched, once per process, device, dtype and head shape, and compared."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # by tests, which compare by themselves
+    there = triton is not None and (interpreted or device.startswith("cuda"))
+    if not there or dtype not in LIMITS or max(Dk, Dv) > 256:
+        return ("the kernels need a GPU, the package triton, bf16, fp16 or fp32, and heads up to "
+                f"256; not {device}, {triton and triton.__version__}, {dtype}, {Dk}, {Dv}")
     try:
-        found = trial(device, dtype, H, HV, Dk, Dv)
+        found = [] if interpreted else trial(device, dtype, H, HV, Dk, Dv)
     except torch.OutOfMemoryError:  # says nothing about the kernels
         raise
     except Exception as error:  # whatever a compiler or a driver throws
         return f"a trial launch failed: {type(error).__name__}: {str(error)[:200]}"
-    limit = 1e-3 if dtype == torch.float32 else 3e-2
-    bad = ", ".join(f"{n} {e:.0e}" for n, e in zip(NAMES, found) if not e < limit)  # NaN too
-    return f"a trial launch disagrees with the recurrence: {bad}" if bad else None
+    bad = [f"{n} {e:.0e}" for n, e in zip(NAMES, found) if not e < 5 * LIMITS[dtype]]  # NaN too
+    return f"a trial launch disagrees with the recurrence: {', '.join(bad)}" if bad else None
 
 def trial(device, dtype, H, HV, Dk, Dv):
     """-> errors of the kernels on three chunks, the last one ragged. What surrounds the first call
@@ -735,29 +745,36 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
     if backend == "torch" or backend == "auto" and not device.startswith("cuda"):
         return "torch"
     reason = why_not_triton(device, dtype, H, HV, Dk, Dv)
-    if reason is None:
-        return "triton"
-    if backend == "triton":
+    if reason and backend == "triton":
         raise RuntimeError(f"backend='triton' is not possible: {reason}")
-    warnings.warn(f"kernels.py: the slower PyTorch backend runs on {device}: {reason}")  # once
-    return "torch"
+    if reason:
+        warnings.warn(f"kernels.py: the slower PyTorch backend runs on {device}: {reason}")  # once
+    return "torch" if reason else "triton"
 
-def check_inputs(q, k, v, g, beta, initial_state, cu_seqlens):
-    """Raise one sentence where shapes do not fit, many would broadcast to a wrong answer, or where
-    cu_seqlens does not rise from 0 to T: read, a wait for the GPU, once per tensor."""
+def check_inputs(q, k, v, g, beta=None, initial_state=None, cu_seqlens=None):
+    """Raise one sentence where shapes do not fit (many would broadcast to a wrong answer), a decay
+    is above 1 (read on a CPU only: on a GPU it were a wait) or cu_seqlens does not rise from 0 to T
+    (read once per tensor). Without beta: GLA, g is like k. In torch.compile no value is read."""
     if q.ndim != 4 or v.ndim != 4 or 0 in (*q.shape, *v.shape):
-        raise ValueError(f"q and v must be [B, T, H, D], not {list(q.shape)} and {list(v.shape)}")
+        shapes = f"{list(q.shape)} and {list(v.shape)}"
+        raise ValueError(f"q and v must be [B, T, H, D], none of them 0, not {shapes}")
     (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
-    if HV % H:
-        raise ValueError(f"the {HV} heads of v must be a multiple of the {H} heads of q and k")
+    if HV % H or beta is None and HV != H:
+        raise ValueError(f"the {HV} heads of v must be a multiple of the {H} of q and k (GLA: 1)")
     if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1):
         raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} must be [N + 1], and B = 1, not {B}")
     wanted = dict(k=[B, T, H, Dk], v=[B, T, HV, Dv], g=[B, T, HV], beta=[B, T, HV])
+    wanted["g"] += [Dk] if beta is None else []
     wanted["initial_state"] = [B if cu_seqlens is None else len(cu_seqlens) - 1, HV, Dk, Dv]
     for (name, shape), x in zip(wanted.items(), (k, v, g, beta, initial_state)):
         if x is not None and list(x.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, not {list(x.shape)}")
-    if cu_seqlens is None or torch.compiler.is_compiling():  # which reads no values
+            read = f"q {list(q.shape)} is [B, T, H, Dk]"
+            raise ValueError(f"{name} must be {shape}, not {list(x.shape)}: {read}")
+    if torch.compiler.is_compiling():
+        return
+    if g.device.type == "cpu" and (g > 0).any():
+        raise ValueError("g must be <= 0: it is the log of the decay exp(g)")
+    if cu_seqlens is None:
         return
     seen = None if cu_seqlens.is_inference() else (cu_seqlens._version, T)
     if seen is None or getattr(cu_seqlens, "boundaries_seen", None) != seen:
@@ -807,22 +824,54 @@ def one_by_one(rule, rows, cu_seqlens, scale, S, keep_state, *options):
     o, S = zip(*(rule(*x, scale, s, True, *options) for x, s in zip(rows, states)))
     return torch.cat(o, 1), torch.cat(S) if keep_state else None
 
-def decode_gated_delta_rule(
-    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
-    use_qk_l2norm_in_kernel=False, cu_seqlens=None, use_cache=None, output_router_logits=None,
-):  # fmt: skip
-    """One token (or a few) from the cached state: the recurrence, on a GPU fused into one kernel.
+# ------------------------------------------------------------------- one token of a Gated DeltaNet
 
-    Arguments, returns and errors of chunk_gated_delta_rule; cu_seqlens must be None. Where
-    gradients are wanted, in torch.compile and off the GPU it is the recurrence itself."""
-    if cu_seqlens is not None:
-        raise ValueError("decoding takes no packed sequences: leave cu_seqlens out")
-    q, k, v, backend = checked("auto", q, k, v, g, beta, initial_state, None)
-    options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel
-    plain = torch.compiler.is_compiling() or wants_grad(q, k, v, g, beta, initial_state)
-    if backend == "torch" or plain:
-        return recurrent_gated_delta_rule(q, k, v, g, beta, *options)
-    return triton_chunk_gated_delta_rule(q, k, v, g, beta, *options, decode=True)
+def torch_gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real=None):
+    """gated_delta_step in PyTorch: any device, differentiable, in torch.compile too."""
+    work = torch.promote_types(v.dtype, torch.float32)
+    a, b, weight, to_gate = (x.to(work) for x in (a, b, weight, gate))
+    g, beta = -A_log.exp() * F.softplus(a + dt_bias), b.sigmoid()
+    if real is not None:  # padding decays nothing and writes nothing
+        g, beta = (x.where((real != 0)[:, None, None], 0) for x in (g, beta))
+    q, k, v = (F.silu(x.to(work)) for x in (q, k, v))
+    o, S = recurrent_gated_delta_rule(q, k, v, g, beta, None, S, True, True)
+    return (F.rms_norm(o, weight.shape, weight, eps) * F.silu(to_gate)).to(gate.dtype), S
+
+def triton_gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real=None):
+    """gated_delta_step in one kernel, without gradients."""
+    (B, _, H, D), BD = v.shape, triton.next_power_of_2(v.shape[-1])
+    S = v.new_zeros(B, H, D, D, dtype=torch.float32) if S is None else S
+    inputs = [x.contiguous() for x in (q, k, v, a, b, gate, A_log, dt_bias, weight, S)]
+    o, S_out = torch.empty_like(inputs[5]), torch.empty_like(inputs[9])
+    stride = 0 if real is None else real.stride(0)
+    how = dict(H=H, D=D, BD=BD, BV=min(BD, 16384 // BD), num_warps=8 if BD > 64 else 4)
+    with torch.cuda.device_of(v):
+        step_kernel[B * H,](*inputs, real, o, S_out, stride, eps, D**-0.5, **how)
+    return o, S_out
+
+@functools.lru_cache(maxsize=None)
+def step_rule(device, dtype, H, D):
+    """Decided once: to ask pick_backend costs as much as a launch."""
+    backend = pick_backend("auto", str(device), dtype, H, H, D, D)
+    return triton_gated_delta_step if backend == "triton" else torch_gated_delta_step
+
+def gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real=None):
+    """What a Gated DeltaNet mixer does to one token between its input products and W_o.
+
+        q, k, v = SiLU(q), SiLU(k), SiLU(v);   then q = q / |q|, k = k / |k|
+        g = -exp(A_log) softplus(a + dt_bias),   beta = sigmoid(b)
+        S~ = exp(g) S,   S = S~ + k (x) beta (v - S~^T k),   o = S^T q D^-1/2
+        o = RMSNorm(o) * weight * SiLU(gate)
+
+    q, k, v, gate [B, 1, H, D] and a, b [B, 1, H]: products with x; A_log, dt_bias [H]; weight [D],
+    eps of the RMSNorm; S [B, H, D, D] fp32 or None (zero); real [B] or None: 0 where the token is
+    padding, which leaves S as it is. It works in fp32, or in fp64 if v is; no shape is checked.
+    Returns o [B, 1, H, D] in the dtype of gate, and the new S; the old one is not overwritten.
+    Fused into one kernel on a GPU, without gradients and outside of torch.compile."""
+    inputs = q, k, v, a, b, gate, A_log, dt_bias, weight
+    plain = torch.compiler.is_compiling() or wants_grad(*inputs, S)
+    rule = torch_gated_delta_step if plain else step_rule(v.device, v.dtype, *v.shape[2:])
+    return rule(*inputs, eps, S, real)
 
 # ------------------------------------------------------------------- gated linear attention (GLA)
 
@@ -834,6 +883,7 @@ def recurrent_gla(q, k, v, g, scale=None, initial_state=None, output_final_state
     q, k, g (log-decay <= 0) [B, T, H, Dk]; v [B, T, H, Dv]; state [B, H, Dk, Dv]. It works in fp32,
     or in fp64 if q is. Returns o in the dtype of v, and the final state or None.
     Source: arXiv 2312.06635."""
+    check_inputs(q, k, v, g, None, initial_state)
     (B, T, H, Dk), Dv, dtype = q.shape, v.shape[-1], v.dtype
     work = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
@@ -856,10 +906,7 @@ def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=Fal
     So blocks of 1, 2, 4, ... C/2 tokens are read by the block behind them, m the end of the first.
     Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as in
     chunk_gated_delta_rule."""
-    if not q.shape == k.shape == g.shape or q.shape[:3] != v.shape[:3]:
-        shapes = ", ".join(str(list(x.shape)) for x in (q, k, g, v))
-        raise ValueError(f"q, k and g must be [B, T, H, Dk] and v [B, T, H, Dv], not {shapes}")
-    check_inputs(q, k, v, None, None, initial_state, cu_seqlens)
+    check_inputs(q, k, v, g, None, initial_state, cu_seqlens)
     if cu_seqlens is not None:
         options = cu_seqlens, scale, initial_state, output_final_state
         return one_by_one(chunk_gla, (q, k, v, g), *options)
@@ -916,48 +963,62 @@ def check(device):
         good = good and not verdict
     return good
 
-def milliseconds(function, device):
-    """-> median time of a call after a first one (which compiles), and its host part."""
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    times = sorted(1e3 * x for x in timeit.repeat(function, number=1, repeat=7))
-    if device != "cuda":
-        return times[3], times[3]
-    median = triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median")
-    return median, times[0]  # a launch waits for nothing
+def report(case, name, function, inputs, trained):
+    """Print milliseconds forward, with backward and, of these, the host's; peak GiB on a GPU."""
+    cuda = inputs[0].is_cuda
+
+    def both():
+        output = function(*inputs)
+        output = output[0] if isinstance(output, tuple) else output
+        torch.autograd.grad(output, trained, torch.ones_like(output))
+
+    def milliseconds(run):
+        if cuda:
+            return triton.testing.do_bench(run, return_mode="median")
+        return 1e3 * statistics.median(timeit.repeat(run, number=1, repeat=7))
+
+    both()  # compiles
+    torch.cuda.reset_peak_memory_stats() if cuda else None
+    used = torch.cuda.memory_allocated()
+    host = 1e3 * min(timeit.repeat(both, number=1, repeat=7))  # a launch waits for nothing
+    peak = (torch.cuda.max_memory_allocated() - used) / 2**30
+    forward, total = milliseconds(lambda: torch.no_grad()(function)(*inputs)), milliseconds(both)
+    print(f"{case:26} {name:12} {forward:9.3f} {total:10.3f} {host:9.3f} {peak:6.2f}", flush=True)
 
 def benchmark(device):
-    """Print milliseconds of ours and of what else can be imported, forward and with backward."""
-    rules, dtype, ours = {"ours": chunk_gated_delta_rule}, torch.float32, None
+    """Time the chunked rule and, on a GPU, kl_loss beside what else can be imported."""
+    rules, dtype = {"ours": chunk_gated_delta_rule}, torch.float32
     cases = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
-    try:
-        if device != "cuda":
-            from transformers.models.qwen3_next import modeling_qwen3_next as qwen
-            rules["transformers"] = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
-        else:
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla
-            rules["FLA"] = fla
-    except ImportError as missing:
-        print(f"no peer to time beside: {missing}")
     if device == "cuda":
         cases = [(6, T, 16, d) for d in (64, 128) for T in (4096, 16384, 32768)]
         cases += [(8, 512, 9, 64), (32, 1024, 9, 64), (1, 32768, 16, 64)]
         dtype = torch.bfloat16
-        sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
-        rules["SDPA"] = lambda *x, **_: [sdpa(*(y.transpose(1, 2) for y in x[:3]))]
-    print("\nmilliseconds               rule           forward + backward  its host  / ours")
+    with contextlib.suppress(ImportError):
+        if device == "cuda":
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla
+            rules["FLA"] = fla
+        else:
+            from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+            rules["transformers"] = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
+    print("\nmilliseconds               rule           forward + backward  its host   peak GiB")
     for (B, T, H, d), (name, rule) in itertools.product(cases, rules.items()):
         x = [y.requires_grad_() for y in example(B, T, H, H, d, d, "random", dtype, device)[:5]]
-        rule = functools.partial(rule, *x, use_qk_l2norm_in_kernel=True)
-        def both():
-            o = rule()[0]
-            torch.autograd.grad(o, x, o.detach(), allow_unused=True)
-        forward, _ = milliseconds(torch.no_grad()(rule), device)
-        total, host = milliseconds(both, device)
-        ours = total if name == "ours" else ours
-        case, times = f"B={B} T={T} H={H} d={d}", f"{forward:9.3f} {total:10.3f} {host:9.3f}"
-        print(f"{case:26} {name:12} {times} {total / ours:7.2f}", flush=True)
+        rule = functools.partial(rule, use_qk_l2norm_in_kernel=True)
+        report(f"B={B} T={T} H={H} d={d}", name, rule, x, x)
+    if device == "cuda":
+        benchmark_kl_loss()
+
+def benchmark_kl_loss(tokens=16_384):
+    from hybrid_distill import kl_loss
+    losses = {"kl_loss": kl_loss}
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers import LigerFusedLinearJSD
+        losses["Liger"] = lambda *x: LigerFusedLinearJSD(0.0)(*x, None)  # KL(teacher || student)
+    for (D, V), (name, loss) in itertools.product(((576, 49_152), (2048, 128_256)), losses.items()):
+        how = dict(device="cuda", dtype=torch.bfloat16)
+        x = [torch.randn(n, D, **how) for n in (tokens, V, tokens, V)]
+        x[0].requires_grad_(), x[1].requires_grad_()
+        report(f"tokens={tokens} D={D} V={V}", name, loss, x, x[:2])
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"

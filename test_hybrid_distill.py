@@ -118,7 +118,7 @@ KINDS = ["random", "identical", "underflow"]
 HEADS = [(64, 64), (128, 128), (60, 100), (256, 256)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KERNELS = {name: kernel for name, kernel in vars(kernels).items() if name.endswith("_kernel")}
-NAMES = "recurrent", "torch_chunk", "chunk", "decode"
+NAMES = "recurrent", "torch_chunk", "chunk"
 RULES = {name: getattr(kernels, f"{name}_gated_delta_rule") for name in NAMES}
 rule, triton_rule = kernels.chunk_gated_delta_rule, kernels.triton_chunk_gated_delta_rule
 
@@ -203,7 +203,7 @@ def test_boundaries_are_read_once_a_tensor(watch):
 @interpreted
 @pytest.mark.parametrize(
     "T,HV,Dk,Dv,kind",
-    [(1, 1, 16, 16, "random"), (33, 1, 60, 100, "random"), (70, 2, 16, 24, "underflow"),
+    [(1, 1, 16, 256, "random"), (33, 1, 60, 100, "random"), (70, 2, 16, 24, "underflow"),
      (70, 1, 100, 20, "identical"), (40, 1, 130, 20, "random"), (40, 1, 16, 24, "forgetful")],
 )  # fmt: skip
 def test_interpreted_triton_is_the_recurrence(T, HV, Dk, Dv, kind):
@@ -268,17 +268,71 @@ def test_every_kernel_on_the_gpu_is_the_recurrence(heads, dtype):
 
 @on_a_gpu
 def test_auto_takes_triton_on_the_gpu(recwarn):
-    q, k, v, g, beta, S = kernels.example(1, 70, 2, 2, 64, 64, "random", torch.bfloat16, "cuda")
-    assert kernels.checked("auto", q, k, v, g, beta, S, None)[-1] == "triton" and not recwarn.list
-    one = [x[:, :1] for x in (q, k, v, g, beta)]
-    found = kernels.decode_gated_delta_rule(*one, initial_state=S, output_final_state=True)
-    truth = kernels.recurrent_gated_delta_rule(*one, initial_state=S, output_final_state=True)
-    same(found[0].float(), truth[0].float(), 2e-2), same(found[1], truth[1], 1e-5)
+    inputs = kernels.example(1, 70, 2, 2, 64, 64, "random", torch.bfloat16, "cuda")
+    assert kernels.checked("auto", *inputs, None)[-1] == "triton" and not recwarn.list
+    step = kernels.step_rule(inputs[0].device, torch.bfloat16, 2, 64)
+    assert step is kernels.triton_gated_delta_step and not recwarn.list
+
+def step_example(D, B=3, H=4, dtype=torch.float32):
+    """Arguments of gated_delta_step, the second token padding; exp(A_log) is so large where
+    softplus is small that its last digits show."""
+    q, k, v, a, b, S = kernels.example(B, 1, H, H, D, D, dtype=dtype)
+    dt_bias, weight = torch.linspace(-30, 9, H), torch.linspace(0.5, 2, D).to(dtype)
+    real = torch.tensor([[0, 2], [1, 0], [0, 1]])[:, 1]  # strided
+    return q, k, v, a, 4 * b, v + q, -dt_bias, dt_bias, weight, 1e-3, S, real
+
+def step_in_fp64(*inputs):
+    x = [x.double() if isinstance(x, torch.Tensor) else x for x in inputs]
+    q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real = x
+    q, k, v, gate = (y[:, 0] / (1 + (-y[:, 0]).exp()) for y in (q, k, v, gate))
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    real, softplus = real.clamp(max=1)[:, None], torch.log1p((a[:, 0] + dt_bias).exp())
+    S = S * (-A_log.exp() * softplus * real).exp()[..., None, None]
+    error = v - torch.einsum("bhkv,bhk->bhv", S, k)
+    write = (real / (1 + (-b[:, 0]).exp()))[..., None] * error
+    S = S + torch.einsum("bhk,bhv->bhkv", k, write)
+    o = torch.einsum("bhkv,bhk->bhv", S, q) / math.sqrt(q.shape[-1])
+    return (o / (o.square().mean(-1, keepdim=True) + eps).sqrt() * weight * gate)[:, None], S
+
+STEPS = [kernels.gated_delta_step,
+         pytest.param(kernels.triton_gated_delta_step, marks=interpreted, id="interpreted")]
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("D", [12, 60, 100, 256])
+def test_the_fused_step_is_its_equations(step, D):
+    inputs = step_example(D)
+    S, real, old = inputs[-2], inputs[-1], inputs[-2].clone()
+    found, exact = step(*inputs), step_in_fp64(*inputs)
+    assert all((x - y).norm() <= 1e-6 * y.norm() for x, y in zip(found, exact))
+    assert torch.equal(found[1][1], S[1]) and torch.equal(S, old)  # padding; out of place
+    assert all(map(torch.equal, step(*inputs[:-1], real != 0), found))
+    zero = step(*inputs[:-2], torch.zeros_like(S), torch.ones(3))
+    assert all(map(torch.equal, step(*inputs[:-2], None), zero))
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_fused_step_in_half_precision(step):
+    inputs = list(step_example(24, dtype=torch.float16))
+    inputs[:2] = inputs[0].float(), inputs[1].float()  # as Qwen3's norms may leave them
+    (o, S), exact = step(*inputs), step_in_fp64(*inputs)
+    assert o.dtype == torch.float16 and S.dtype == torch.float32
+    assert (o - exact[0]).norm() <= 5e-4 * o.norm() and (S - exact[1]).norm() <= 1e-6 * S.norm()
+
+def test_the_step_is_plain_where_gradients_are_wanted_and_in_compile(monkeypatch):
+    monkeypatch.setattr(kernels, "step_rule", lambda *_: pytest.fail("not to be asked"))
+    run, inputs = kernels.gated_delta_step, step_example(3, B=3, H=2)
+    exact = [x.double().requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
+    torch.autograd.gradcheck(lambda *x: run(*x[:-2], 1e-3, *x[-2:]), exact)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
+    assert all(map(torch.equal, compiled, kernels.torch_gated_delta_step(*inputs)))
 
 @pytest.mark.parametrize(
     "change,sentence",
     [(dict(k=torch.zeros(1, 8, 2, 8)), "k must be"), (dict(g=torch.zeros(1, 8, 3)), "g must be"),
-     (dict(v=torch.zeros(1, 8, 3, 16)), "a multiple of the 2 heads"),
+     (dict(v=torch.zeros(1, 8, 3, 16)), "a multiple of the 2"),
+     (dict(v=torch.zeros(1, 8, 1, 16)), "a multiple of the 2"),
+     (dict(q=torch.zeros(1, 0, 2, 16)), r"\[B, T, H, D\], none of them 0"),
+     ({x: torch.zeros(1, 2, 8, 16) for x in "qkv"}, r"g must be \[1, 2, 8\]"),
+     (dict(g=torch.full((1, 8, 2), 0.1)), "g must be <= 0"),
      (dict(initial_state=torch.zeros(1, 2, 16, 8)), "initial_state must be"),
      (dict(cu_seqlens=torch.tensor([0, 5])), "must rise from 0 to T = 8"),
      (dict(backend="cuda"), "backend"), (dict(backend="triton"), "is not possible"),
@@ -287,17 +341,19 @@ def test_auto_takes_triton_on_the_gpu(recwarn):
 )  # fmt: skip
 def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
     inputs = dict(zip(("q", "k", "v", "g", "beta"), kernels.example(1, 8, 2, 2, 16, 16)))
-    with pytest.raises((TypeError, ValueError, RuntimeError), match=sentence):
-        rule(**{**inputs, **change})
+    only_chunk = change.keys() & {"cu_seqlens", "backend"}
+    for wrong in [rule] if only_chunk else RULES.values():
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=sentence):
+            wrong(**{**inputs, **change})
 
 def test_the_rules_share_one_signature():
-    one, two, chunk, decode = ([*inspect.signature(f).parameters.items()] for f in RULES.values())
-    assert one == two == chunk[: len(one)] and decode == [p for p in chunk if p[0] != "backend"]
+    one, two, chunk = ([*inspect.signature(f).parameters.items()] for f in RULES.values())
+    assert one == two == chunk[: len(one)]
 
 def test_the_chunked_pytorch_copies_out():
-    parts = kernels.l2norm, kernels.ChunkedTorch, kernels.torch_chunk_gated_delta_rule
+    names = "l2norm", "check_inputs", "ChunkedTorch", "torch_chunk_gated_delta_rule"
     alone = {"torch": torch, "F": F}
-    exec("\n".join(map(inspect.getsource, parts)), alone)
+    exec("\n".join(inspect.getsource(getattr(kernels, name)) for name in names), alone)
     right(kernels.example(1, 70, 1, 2, 16, 24), 1e-5, alone["torch_chunk_gated_delta_rule"])
 
 def test_python_kernels_fails_where_an_error_exceeds_its_limit(monkeypatch, capsys):
@@ -316,7 +372,10 @@ def test_qwen3_next_of_transformers_runs_on_these_kernels(monkeypatch):
     config = qwen3_next.Qwen3NextConfig(**SIZES, **sizes, shared_expert_intermediate_size=16)
     model, x = qwen3_next.Qwen3NextForCausalLM(config).eval(), tokens(2, 75)
     theirs = model(x).logits, model.generate(x, max_new_tokens=8, **GREEDY)
-    decode = kernels.decode_gated_delta_rule
+
+    def decode(*x, cu_seqlens, use_cache, output_router_logits, **how):
+        return RULES["recurrent"](*x, **how)
+
     monkeypatch.setattr(qwen3_next, "torch_chunk_gated_delta_rule", rule)
     monkeypatch.setattr(qwen3_next, "torch_recurrent_gated_delta_rule", decode)
     ours = model(x).logits, model.generate(x, max_new_tokens=8, **GREEDY)
@@ -357,8 +416,11 @@ def test_chunked_gla_is_the_recurrence(T, decay):
 def test_gla_packed_and_of_wrong_shapes():
     check_packed(1e-5, gla_example(130, -50.0), chunk_gla, recurrent_gla)
     q, k, v, g, _, S = gla_example(9, -50.0)
+    with pytest.raises(ValueError, match="g must be <= 0"):
+        kernels.recurrent_gla(q, k, v, -g)
     for sentence, x, more in (
-        ("q, k and g must be", (q, k, v, g[..., 0]), {}),
+        ("g must be", (q, k, v, g[..., 0]), {}),
+        ("a multiple of", (q[:, :, :1], k[:, :, :1], v, g), {}),
         ("initial_state must be", (q, k, v, g), dict(initial_state=S[:1])),
         ("must rise from 0", [x[:1] for x in (q, k, v, g)], dict(cu_seqlens=torch.arange(9))),
     ):
@@ -377,10 +439,10 @@ def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
         monkeypatch.setattr(kernels, name, Recorder(name))
     q, v = (torch.zeros(B, 70, *n, dtype=dtype, device=device) for n in ((2, Dk), (4, Dv)))
     g, S = torch.zeros(B, 70, 4, device=device), torch.zeros(B, 4, Dk, Dv, device=device)
-    x = q, q, v, g, g
-    o, _, *kept = kernels.launch_forward(*x, S, None, None, 1.0, True, True)
-    kernels.launch_backward(q, q, g, *kept, o, S, None, None, 1.0, True, B)
-    kernels.launch_decode(*x, S, 1.0, True)
+    x, real = (q, q, v, g, g), torch.ones(B, dtype=torch.int64, device=device)
+    o, _, *kept = kernels.launch_forward(x, (S, None, None), 1.0, True, True)
+    kernels.launch_backward((q, q, g, *kept, o), (S, None, None), 1.0, True, B)
+    kernels.triton_gated_delta_step(*kernels.one_token(*x, S), real)
     monkeypatch.undo()
     return found
 
