@@ -65,8 +65,8 @@ def recurrent_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
 
     q, k [B, T, H, Dk]; v [B, T, HV, Dv]; g (log-decay <= 0), beta [B, T, HV]; initial_state
     [B, HV, Dk, Dv] or None (zero); use_qk_l2norm_in_kernel divides q and k by their length first.
-    It works in fp32, or in fp64 if q is, also under autocast. Source: [1].
-    Returns o [B, T, HV, Dv] in the dtype of v, and the final state (fp32 or fp64) or None."""
+    It works in fp32, or in fp64 if q is, also under autocast. Raises ValueError: see check_inputs.
+    Returns o [B, T, HV, Dv] in the dtype of v, and the final state or None. Source: [1]."""
     check_inputs(q, k, v, g, beta, initial_state)
     (_, T, H, Dk), (B, _, HV, Dv) = q.shape, v.shape
     dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
@@ -489,8 +489,8 @@ def backward_chunk_kernel(q, k, g, factors, do, error, X, states, dstates, dq, d
 @jit
 def step_kernel(q, k, v, a, b, gate, A_log, dt_bias, weight, S0, real, o, S_out, stride, eps, scale,
                 H: constexpr, D: constexpr, BD: constexpr, BV: constexpr):  # fmt: skip
-    """torch_gated_delta_step of one head, BV columns of the state at a time, each read once and
-    written once. Grid (B * HV)."""
+    """gated_delta_step of one head, BV columns of the state at a time, each read once and written
+    once. Grid (B H). stride: of `real`; all else is contiguous."""
     head = tl.program_id(0).to(tl.int64)
     h, d, j, n = head % H, tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BD // BV)
     # 1. g = -exp(A_log) softplus(x), softplus(x) = max(x, 0) + log(1 + y), y = exp(-|x|), where
@@ -814,7 +814,7 @@ def triton_gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S,
     inputs = [x.contiguous() for x in (q, k, v, a, b, gate, A_log, dt_bias, weight, S)]
     o, S_out = torch.empty_like(inputs[5]), torch.empty_like(inputs[9])
     stride = 0 if real is None else real.stride(0)
-    how = dict(H=H, D=D, BD=BD, BV=min(BD, 16384 // BD), num_warps=8 if BD > 64 else 4)
+    how = dict(H=H, D=D, BD=BD, BV=min(BD, 8192 // BD), num_warps=8 if BD > 64 else 4)
     with torch.cuda.device_of(v):
         step_kernel[B * H,](*inputs, real, o, S_out, stride, eps, D**-0.5, **how)
     return o, S_out
@@ -931,22 +931,23 @@ def benchmark(device):
     """Print what the rule and, on a GPU, kl_loss take, beside a peer that is installed."""
     rules, losses, T, dtype = {"ours": chunk_gated_delta_rule}, {}, 16_384, torch.float32
     shapes = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
-    with contextlib.suppress(ImportError):
-        if device != "cuda":
-            from transformers.models.qwen3_next import modeling_qwen3_next as qwen
-            rules["transformers"] = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
-        else:
-            import fla.ops.gated_delta_rule as fla
-            rules["FLA"] = fla.chunk_gated_delta_rule
     if device == "cuda":
-        shapes = [(6, n, 16, d) for d in (64, 128) for n in (4096, T, 2 * T)]
-        shapes, dtype = [*shapes, (32, 1024, 9, 64), (1, 2 * T, 16, 64)], torch.bfloat16
         from hybrid_distill import kl_loss
         losses["ours"] = lambda *x: [kl_loss(*x)]
+        dtype = torch.bfloat16
+        shapes = [(6, n, 16, d) for d in (64, 128) for n in (4096, T, 2 * T)]
+        shapes += [(8, 512, 9, 64), (32, 1024, 9, 64), (1, 2 * T, 16, 64)]
+        with contextlib.suppress(ImportError):
+            import fla.ops.gated_delta_rule as fla
+            rules["FLA"] = fla.chunk_gated_delta_rule
         with contextlib.suppress(ImportError):  # 0.0 is KL(teacher || student)
             from liger_kernel.transformers import LigerFusedLinearJSD
             losses["Liger"] = lambda *x: [LigerFusedLinearJSD(0.0)(*x, None)]
-    print("\nmilliseconds                  of           forward + backward  GiB beside the inputs")
+    else:
+        with contextlib.suppress(ImportError):
+            from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+            rules["transformers"] = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
+    print("\nmilliseconds                  of             forward  + backward  peak GiB")
     for (B, n, H, d), (name, rule) in itertools.product(shapes, rules.items()):
         x = [y.requires_grad_() for y in example(B, n, H, H, d, d, "random", dtype, device)[:5]]
         rule = functools.partial(rule, use_qk_l2norm_in_kernel=True)
