@@ -673,14 +673,14 @@ def everything(rule, inputs, seed=1, **options):
     return [x.detach() for x in outputs] + [*torch.autograd.grad(outputs, inputs, gradients)]
 
 def one_token(q, k, v, g, beta, S):
-    """Arguments of gated_delta_step, made of an example."""
-    v, a, b, S = v[:, :1], g[:, :1], beta[:, :1], S.mT @ S / S.shape[2]
+    """Arguments of gated_delta_step, made of an example; its S^T S is square, and not in tf32."""
+    v, a, b, S = v[:, :1], g[:, :1], beta[:, :1], (S.double().mT @ S.double()).to(S.dtype)
     return v.roll(1, -1), v.flip(-1), v, a, b, v.roll(2, -1), b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S
 
 def errors(rule, inputs, **options):
     """-> relative RMS errors of everything(rule) and of Triton's fused step against fp64, in the
-    order of NAMES. What surrounds a trial launch (inference, autocast, a checkpoint that counts
-    saved tensors) is kept out."""
+    order of NAMES. What may surround a trial (inference, autocast, a checkpoint that counts saved
+    tensors) is kept out."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     autocast = torch.autocast(inputs[0].device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), autocast, hooks:
@@ -729,12 +729,11 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
     return "torch" if reason else "triton"
 
 def check_inputs(q, k, v, g, beta=None, initial_state=None, cu_seqlens=None):
-    """Raise one sentence where shapes do not fit, many would broadcast to a wrong answer, where g
-    is above 0 (read on a CPU only: a GPU would be waited for), or where cu_seqlens does not rise
-    from 0 to T (read once per tensor). beta is None: GLA. torch.compile reads no values."""
+    """Raise ValueError, in one sentence, where shapes do not fit (many would broadcast to a wrong
+    answer), g is above 0 (read on a CPU only: a GPU would have to be waited for) or cu_seqlens does
+    not rise from 0 to T (read once per tensor). No beta: GLA. torch.compile reads no values."""
     if q.ndim != 4 or v.ndim != 4 or 0 in (*q.shape, *v.shape):
-        shapes = f"{list(q.shape)} and {list(v.shape)}"
-        raise ValueError(f"q and v must be [B, T, H, D], none of them 0, not {shapes}")
+        raise ValueError(f"q and v must be [B, T, H, D], not empty: {[*q.shape]}, {[*v.shape]}")
     (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
     if HV % H or beta is None and HV != H:
         raise ValueError(f"the {HV} heads of v must be a multiple of the {H} of q (in GLA as many)")
