@@ -25,12 +25,10 @@ Glossary: a tensor is [B, T, H, D] everywhere, a state [B, HV, Dk, Dv]
     U~         [C, Dv]           beta V~: what the chunk writes
     X          [C, Dv]           the gradient of what is written, later readers included
 
-From the paper's W, U, T to N and V~: in [1], T = (I + beta M)^-1 beta, W = T gamma K, U = T V, and
-a chunk writes U~ = U - W S_0 = T (V - gamma K S_0). T, W and U are never formed here:
-    beta (I + M beta) = (I + beta M) beta    so   T = (I + beta M)^-1 beta = beta (I + M beta)^-1
-    (I + M beta)^-1 = I - (I + M beta)^-1 M beta = I + N beta
+From the paper's W, U, T: in [1], T = (I + beta M)^-1 beta = beta (I + M beta)^-1, a chunk writes
+U~ = T V - T gamma K S_0. Here, with (I + M beta)^-1 = I + N beta, no T, W or U is formed:
     U~ = beta V~   with   V~ = (I + N beta)(V - gamma K S_0)
-    X  = (I + M^T beta)^-1 dU~ = (I + N^T beta) dU~   so   dV = beta X, dM = -dV U~^T, dbeta = X.V~
+    X  = (I + N^T beta) dU~   so   dV = beta X,  dM = -dV U~^T,  dbeta = X.V~
 One N serves both directions; as V~ is kept, not U~, dbeta is a product, and beta may be 0.
 """
 import contextlib
@@ -39,7 +37,6 @@ import importlib.machinery
 import inspect
 import itertools
 import os
-import statistics
 import sys
 import timeit
 import warnings
@@ -51,7 +48,7 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-    jit = triton.jit(do_not_specialize=["tokens"])  # T = 1 is no other program than T = 2
+    jit = triton.jit(do_not_specialize=["tokens", "stride"])  # 1 is no other program than 2
 except ImportError:  # no Triton here: the PyTorch backend alone
     triton, constexpr, jit = None, None, lambda function: function
 
@@ -68,8 +65,8 @@ def recurrent_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
 
     q, k [B, T, H, Dk]; v [B, T, HV, Dv]; g (log-decay <= 0), beta [B, T, HV]; initial_state
     [B, HV, Dk, Dv] or None (zero); use_qk_l2norm_in_kernel divides q and k by their length first.
-    It works in fp32, or in fp64 if q is, also under autocast. Source: [1].
-    Returns o [B, T, HV, Dv] in the dtype of v, and the final state (fp32 or fp64) or None."""
+    It works in fp32, or in fp64 if q is, also under autocast. Raises ValueError: see check_inputs.
+    Returns o [B, T, HV, Dv] in the dtype of v, and the final state or None. Source: [1]."""
     check_inputs(q, k, v, g, beta, initial_state)
     (_, T, H, Dk), (B, _, HV, Dv) = q.shape, v.shape
     dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
@@ -282,14 +279,17 @@ def dot(a, b, acc=None):
 
 @jit
 def product(a, b, acc, dt: constexpr):
-    """a b + acc of fp32 matrices; for a 16-bit dt each is split in two halves, for the tensor
-    cores: where keys are alike, the merges of N cancel down to digits that tf32 drops."""
+    """a b + acc; for a 16-bit dt an fp32 factor is split in two halves, for the tensor cores:
+    where keys are alike, the merges of N cancel down to digits that tf32 drops."""
     if dt == tl.float32:
         return dot(a, b, acc)
     else:
-        a_high, a_low = two_halves(a, dt)
         b_high, b_low = two_halves(b, dt)
-        return dot(a_high, b_high, dot(a_high, b_low, dot(a_low, b_high, acc)))
+        if a.dtype == dt:
+            return dot(a, b_high, dot(a, b_low, acc))
+        else:
+            a_high, a_low = two_halves(a, dt)
+            return dot(a_high, b_high, dot(a_high, b_low, dot(a_low, b_high, acc)))
 
 # ------------------------------------------------------------------- Triton: the kernels
 
@@ -398,13 +398,8 @@ def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, table,
         dSd = dS.to(dt)
         store_tile(dstates + chunk * DK * DV, dSd, DK, v0, DV, DV)
         dU = dot(tl.trans(bP), bdo, fr[:, None] * dot(bk, dSd))
-        # 2. X = dU~ + N^T beta dU~ (dV = beta X); where keys are alike the two nearly cancel, so
-        #    beta dU~ has two halves
-        if dt == tl.float32:
-            bX = dot(tl.trans(bN), b[:, None] * dU, dU)
-        else:
-            high, low = two_halves(b[:, None] * dU, dt)
-            bX = dot(tl.trans(bN), high, dot(tl.trans(bN), low, dU))
+        # 2. X = dU~ + N^T beta dU~ (dV = beta X); where keys are alike the two nearly cancel
+        bX = product(tl.trans(bN), b[:, None] * dU, dU, dt)
         store_tile(X + at_v, bX, left, v0, HV * DV, DV)
         # 3. dS_0 = gamma_C dS_C + (gamma Q)^T dO - (gamma K)^T beta X
         dS *= gamma_C
@@ -494,17 +489,17 @@ def backward_chunk_kernel(q, k, g, factors, do, error, X, states, dstates, dq, d
 @jit
 def step_kernel(q, k, v, a, b, gate, A_log, dt_bias, weight, S0, real, o, S_out, stride, eps, scale,
                 H: constexpr, D: constexpr, BD: constexpr, BV: constexpr):  # fmt: skip
-    """torch_gated_delta_step of one head, BV columns of the state at a time, each read once and
-    written once. Grid (B * HV)."""
+    """gated_delta_step of one head, BV columns of the state at a time, each read once and written
+    once. Grid (B H). stride: of `real`; all else is contiguous."""
     head = tl.program_id(0).to(tl.int64)
     h, d, j, n = head % H, tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BD // BV)
-    # 1. g = -exp(A_log) softplus(x) = -exp(A_log) (max(x, 0) + log(1 + y)), y = exp(-|x|), and
-    #    log(1 + y) = 2 artanh(z) = 2 (z + z^3 / 3 + z^5 / 5 ...), which loses no digit of a small y
+    # 1. g = -exp(A_log) softplus(x), softplus(x) = max(x, 0) + log(1 + y), y = exp(-|x|), where
+    #    log(1 + y) = 2 artanh(z) = 2 (z + z^3 / 3 + ... + z^15 / 15) keeps the digits of a small y
     x = tl.load(a + head).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
     y = tl.exp(-tl.abs(x))
     z, series = y / (2.0 + y), 0.0
-    for m in tl.static_range(8):
-        series = series * z * z + 1.0 / (15 - 2 * m)
+    for m in tl.static_range(15, 0, -2):
+        series = series * z * z + 1.0 / m
     g = -tl.exp(tl.load(A_log + h).to(tl.float32)) * (tl.maximum(x, 0.0) + 2.0 * z * series)
     beta = tl.sigmoid(tl.load(b + head).to(tl.float32))
     if real is not None:  # padding decays nothing and writes nothing
@@ -540,22 +535,17 @@ def chunk_length(Dk, dtype):
     return (64 if Dk <= 128 else 32) // (2 if dtype == torch.float32 else 1)
 
 @functools.lru_cache(maxsize=None)
-def generation(device):
-    """The generation of a GPU: 8 Ampere and Ada, 9 Hopper, 10 Blackwell."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-
-@functools.lru_cache(maxsize=None)
-def tiles(H, HV, Dk, Dv, dtype, generation):
+def tiles(H, HV, Dk, Dv, dtype, device):
     """-> options of the kernels over chunks, over sequences, and of the backward over chunks: a
     fixed table by head size instead of autotuning."""
     BK, BV = (max(16, triton.next_power_of_2(n)) for n in (Dk, Dv))
     narrow = dtype != torch.float32
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
     by_chunk = dict(H=H, HV=HV, DK=Dk, C=chunk_length(Dk, dtype), BK=BK, num_warps=4)
     by_sequence = {**by_chunk, "DV": Dv, "BV": min(BV, 32 if narrow or BK <= 64 else 16)}
     by_block = {**by_chunk, "DV": Dv, "BV": BV if narrow and BK <= 128 else min(BV, 32)}
-    wide = BK == 128 or generation < 9  # 8 warps, or the registers spill
-    by_block |= dict(num_stages=1, num_warps=8 if narrow and wide else 4)
-    if narrow and BK <= 128 and generation >= 9:
+    by_block |= dict(num_stages=1, num_warps=8 if narrow and (BK == 128 or not hopper) else 4)
+    if narrow and BK <= 128 and hopper:
         by_chunk["maxnreg"] = 168  # three programs share a multiprocessor, not two
     return by_chunk, {**by_sequence, "num_stages": 2}, by_block
 
@@ -570,16 +560,15 @@ def launch_forward(inputs, others, scale, norm, keep, launch=True):
     o, S = torch.empty_like(v), g.new_empty(B if sequences is None else len(sequences), HV, Dk, Dv)
     NP, factors = q.new_empty(count, HV, 2, C, C), g.new_empty(count, HV, 5, C)
     kept = [torch.empty_like(v), q.new_empty(count, HV, Dk, Dv)] if keep else []
-    outputs = [o, S, NP, factors, *kept]
-    if not launch:
-        return outputs
-    how, walks, _ = tiles(H, HV, Dk, Dv, q.dtype, generation(q.device))
-    grid = (-(-Dv // walks["BV"]) * len(S) * HV,)
-    error, states = kept or (None, None)
-    with torch.cuda.device_of(q):
-        prepare_kernel[count, HV](q, k, g, beta, NP, factors, chunks, T, scale, NORM=norm, **how)
-        forward_kernel[grid](q, k, v, NP, factors, S0, o, S, error, states, sequences, T, **walks)
-    return outputs
+    if launch:
+        how, walks, _ = tiles(H, HV, Dk, Dv, q.dtype, q.device)
+        how = {**how, "NORM": norm}
+        grid = (-(-Dv // walks["BV"]) * len(S) * HV,)
+        writes = o, S, *(kept or (None, None))
+        with torch.cuda.device_of(q):
+            prepare_kernel[count, HV](q, k, g, beta, NP, factors, chunks, T, scale, **how)
+            forward_kernel[grid](q, k, v, NP, factors, S0, *writes, sequences, T, **walks)
+    return [o, S, NP, factors, *kept]
 
 def launch_backward(inputs, others, scale, norm, count, launch=True):
     """-> gradients of q, k, v, g, beta and of `count` initial states (0: there were none)."""
@@ -590,7 +579,7 @@ def launch_backward(inputs, others, scale, norm, count, launch=True):
     dstates, dS0 = torch.empty_like(states), g.new_empty(count, HV, Dk, Dv)
     dq, dk = outputs = [q.new_empty(B, T, HV, Dk, dtype=dtype) for _ in range(2)]
     if launch:
-        _, walks, how = tiles(H, HV, Dk, Dv, q.dtype, generation(q.device))
+        _, walks, how = tiles(H, HV, Dk, Dv, q.dtype, q.device)
         grid = (-(-Dv // walks["BV"]) * (B if sequences is None else len(sequences)) * HV,)
         last = dS0 if count else None, sequences, T
         reads, writes = (q, k, g, factors, do, error, X, states, dstates), (dq, dk, dv, dg, dbeta)
@@ -617,11 +606,10 @@ class ChunkedTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep):
         launch = forward_op if torch.compiler.is_compiling() else launch_forward
-        others = [S0, sequences, chunks]
-        o, S, *kept = launch([q, k, v, g, beta], others, scale, norm, keep)
+        x = [q, k, v, g, beta]
+        o, S, *kept = launch(x, [S0, sequences, chunks], scale, norm, keep)
         ctx.save_for_backward(q, k, g, *kept, sequences, chunks)
         ctx.options = scale, norm, 0 if S0 is None else len(S0)
-        ctx.set_materialize_grads(False)
         return o, S
 
     @staticmethod
@@ -630,9 +618,8 @@ class ChunkedTriton(torch.autograd.Function):
             raise RuntimeError("the chunked gated delta rule has no second derivative")
         launch = backward_op if torch.compiler.is_compiling() else launch_backward
         *kept, sequences, chunks = ctx.saved_tensors
-        do = torch.zeros_like(kept[5]) if do is None else do.contiguous()
-        others = [None if dS is None else dS.contiguous(), sequences, chunks]
-        *grads, dS0 = launch([*kept, do], others, *ctx.options)
+        others = [dS.contiguous(), sequences, chunks]
+        *grads, dS0 = launch([*kept, do.contiguous()], others, *ctx.options)
         return *grads, dS0 if ctx.options[-1] else None, None, None, None, None, None
 
 def packed_tables(cu_seqlens, T, C):
@@ -649,14 +636,11 @@ def packed_tables(cu_seqlens, T, C):
 
 def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm, cu_seqlens=None):
     """The rule on the Triton kernels, without its checks."""
-    if getattr(scale, "requires_grad", False):
-        raise ValueError("scale must be a number here: no gradient reaches it")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     inputs = q, k, v, g.float(), beta.float(), None if S0 is None else S0.float()
     inputs = [None if x is None else x.contiguous() for x in inputs]
-    tables = None, None
-    if cu_seqlens is not None:
-        tables = packed_tables(cu_seqlens, q.shape[1], chunk_length(q.shape[3], q.dtype))
+    C = chunk_length(q.shape[3], q.dtype)
+    tables = (None, None) if cu_seqlens is None else packed_tables(cu_seqlens, q.shape[1], C)
     o, S = ChunkedTriton.apply(*inputs, *tables, scale, norm, wants_grad(*inputs))
     return o, S if keep_state else None
 
@@ -668,19 +652,16 @@ def wants_grad(*tensors):
 NAMES = "o", "final state", "dq", "dk", "dv", "dg", "dbeta", "d initial state", "step o", "step S"
 LIMITS = {torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}  # of their errors
 
-def example(B, T, H, HV, Dk, Dv, kind="random", dtype=torch.float32, device="cpu", seed=0):
+def example(B, T, H, HV, Dk, Dv, kind="random", dtype=torch.float32, device="cpu"):
     """q, k, v, g, beta, initial state. kind: random; identical (one key, beta -> 1, no decay);
     underflow (g = -1000 at places)."""
-    rng = torch.Generator(device).manual_seed(seed)
-    how = dict(generator=rng, device=device, dtype=torch.float32)
-    randn = functools.partial(torch.randn, **how)
-    rand = functools.partial(torch.rand, B, T, HV, **how)
-    q, k, v, S = randn(B, T, H, Dk), randn(B, T, H, Dk), randn(B, T, HV, Dv), randn(B, HV, Dk, Dv)
-    g, beta = -0.3 * rand(), rand()
+    how = dict(generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float32)
+    q, k, v, S = (torch.randn(n, m, *heads, **how) for n, m, *heads in (
+        (B, T, H, Dk), (B, T, H, Dk), (B, T, HV, Dv), (B, HV, Dk, Dv)))  # fmt: skip
+    g, beta, u = torch.rand(3, B, T, HV, **how)
+    g = torch.where(u < 0.1, -1000.0, -0.3 * g) if kind == "underflow" else -0.3 * g
     if kind == "identical":
         k, g, beta = k[:, :1].repeat(1, T, 1, 1), 0 * g, torch.full_like(beta, 0.9999)
-    if kind == "underflow":
-        g = torch.where(rand() < 0.1, -1000.0, g)
     return [q.to(dtype), k.to(dtype), v.to(dtype), g, beta, S]
 
 def everything(rule, inputs, seed=1, **options):
@@ -692,48 +673,44 @@ def everything(rule, inputs, seed=1, **options):
     return [x.detach() for x in outputs] + [*torch.autograd.grad(outputs, inputs, gradients)]
 
 def one_token(q, k, v, g, beta, S):
-    """Arguments of gated_delta_step, made of an example."""
-    v, a, b, S = v[:, :1], g[:, :1], beta[:, :1], S.mT @ S / S.shape[2]
+    """Arguments of gated_delta_step, made of an example; its S^T S is square, and not in tf32."""
+    v, a, b, S = v[:, :1], g[:, :1], beta[:, :1], (S.double().mT @ S.double()).to(S.dtype)
     return v.roll(1, -1), v.flip(-1), v, a, b, v.roll(2, -1), b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S
 
 def errors(rule, inputs, **options):
-    """-> relative RMS errors of everything(rule) against the fp64 recurrence on the same inputs,
-    and, where Triton runs, those of the fused step: in the order of NAMES."""
-    exact = [x.double() for x in inputs]
-    truth, found = everything(recurrent_gated_delta_rule, exact), everything(rule, inputs, **options)
-    if rule is triton_chunk_gated_delta_rule or options.get("backend") == "triton":
-        truth += torch_gated_delta_step(*one_token(*exact))
-        found += triton_gated_delta_step(*one_token(*inputs))
+    """-> relative RMS errors of everything(rule) and of Triton's fused step against fp64, in the
+    order of NAMES. What may surround a trial (inference, autocast, a checkpoint that counts saved
+    tensors) is kept out."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    autocast = torch.autocast(inputs[0].device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), autocast, hooks:
+        exact = [x.double() for x in inputs]
+        truth = everything(recurrent_gated_delta_rule, exact)
+        found = everything(rule, inputs, **options)
+        if rule is triton_chunk_gated_delta_rule or options.get("backend") == "triton":
+            truth += torch_gated_delta_step(*one_token(*exact))
+            found += triton_gated_delta_step(*one_token(*inputs))
     return [((x - y).norm() / y.norm()).item() for x, y in zip(found, truth)]
 
 @functools.lru_cache(maxsize=None)
 def why_not_triton(device, dtype, H, HV, Dk, Dv):
-    """None if the Triton kernels give what the recurrence gives on this device, else the reason.
-
-    An import that succeeds proves nothing, and a compiler can be wrong at one head size only: so
-    the kernels are launched, once per process, device, dtype and head shape, and compared."""
+    """None if the Triton kernels give what the recurrence gives on this device, else the reason. An
+    import that succeeds proves nothing, and a compiler can be wrong at one head size only: so they
+    are launched on three chunks and compared, once per process, device, dtype and head shape."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # by tests, which compare by themselves
     there = triton is not None and (interpreted or device.startswith("cuda"))
     if not there or dtype not in LIMITS or max(Dk, Dv) > 256:
-        return ("the kernels need a GPU, the package triton, bf16, fp16 or fp32, and heads up to "
-                f"256; not {device}, {triton and triton.__version__}, {dtype}, {Dk}, {Dv}")
+        need = "a GPU, the package triton, bf16, fp16 or fp32, and heads up to 256"
+        return f"the kernels need {need}; not {device}, {dtype}, {Dk}, {Dv}"
     try:
-        found = [] if interpreted else trial(device, dtype, H, HV, Dk, Dv)
+        inputs = example(1, 130, H, HV, Dk, Dv, "random", dtype, device)
+        found = [] if interpreted else errors(triton_chunk_gated_delta_rule, inputs)
     except torch.OutOfMemoryError:  # says nothing about the kernels
         raise
     except Exception as error:  # whatever a compiler or a driver throws
         return f"a trial launch failed: {type(error).__name__}: {str(error)[:200]}"
     bad = [f"{n} {e:.0e}" for n, e in zip(NAMES, found) if not e < 5 * LIMITS[dtype]]  # NaN too
     return f"a trial launch disagrees with the recurrence: {', '.join(bad)}" if bad else None
-
-def trial(device, dtype, H, HV, Dk, Dv):
-    """-> errors of the kernels on three chunks, the last one ragged. What surrounds the first call
-    (inference, autocast, a checkpoint that counts saved tensors) is kept out."""
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-    autocast = torch.autocast(torch.device(device).type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), autocast, hooks:
-        inputs = example(1, 130, H, HV, Dk, Dv, "random", dtype, device)
-        return errors(triton_chunk_gated_delta_rule, inputs)
 
 @torch.compiler.assume_constant_result  # decided while compiling, not part of the graph
 def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
@@ -752,47 +729,33 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
     return "torch" if reason else "triton"
 
 def check_inputs(q, k, v, g, beta=None, initial_state=None, cu_seqlens=None):
-    """Raise one sentence where shapes do not fit (many would broadcast to a wrong answer), a decay
-    is above 1 (read on a CPU only: on a GPU it were a wait) or cu_seqlens does not rise from 0 to T
-    (read once per tensor). Without beta: GLA, g is like k. In torch.compile no value is read."""
+    """Raise ValueError, in one sentence, where shapes do not fit (many would broadcast to a wrong
+    answer), g is above 0 (read on a CPU only: a GPU would have to be waited for) or cu_seqlens does
+    not rise from 0 to T (read once per tensor). No beta: GLA. torch.compile reads no values."""
     if q.ndim != 4 or v.ndim != 4 or 0 in (*q.shape, *v.shape):
-        shapes = f"{list(q.shape)} and {list(v.shape)}"
-        raise ValueError(f"q and v must be [B, T, H, D], none of them 0, not {shapes}")
+        raise ValueError(f"q and v must be [B, T, H, D], not empty: {[*q.shape]}, {[*v.shape]}")
     (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
     if HV % H or beta is None and HV != H:
-        raise ValueError(f"the {HV} heads of v must be a multiple of the {H} of q and k (GLA: 1)")
+        raise ValueError(f"the {HV} heads of v must be a multiple of the {H} of q (in GLA as many)")
     if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1):
         raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} must be [N + 1], and B = 1, not {B}")
-    wanted = dict(k=[B, T, H, Dk], v=[B, T, HV, Dv], g=[B, T, HV], beta=[B, T, HV])
-    wanted["g"] += [Dk] if beta is None else []
-    wanted["initial_state"] = [B if cu_seqlens is None else len(cu_seqlens) - 1, HV, Dk, Dv]
+    N, gate = B if cu_seqlens is None else len(cu_seqlens) - 1, [B, T, HV]
+    wanted = dict(k=[B, T, H, Dk], v=[*gate, Dv], g=gate, beta=gate, initial_state=[N, HV, Dk, Dv])
+    wanted["g"] = gate if beta is not None else [*gate, Dk]
     for (name, shape), x in zip(wanted.items(), (k, v, g, beta, initial_state)):
         if x is not None and list(x.shape) != shape:
-            read = f"q {list(q.shape)} is [B, T, H, Dk]"
-            raise ValueError(f"{name} must be {shape}, not {list(x.shape)}: {read}")
+            raise ValueError(f"{name} must be {shape} for q {list(q.shape)}, not {list(x.shape)}")
     if torch.compiler.is_compiling():
         return
     if g.device.type == "cpu" and (g > 0).any():
-        raise ValueError("g must be <= 0: it is the log of the decay exp(g)")
-    if cu_seqlens is None:
+        raise ValueError("g must be <= 0: it is the log of a decay")
+    seen = None if cu_seqlens is None or cu_seqlens.is_inference() else (cu_seqlens._version, T)
+    if cu_seqlens is None or seen and getattr(cu_seqlens, "boundaries_seen", None) == seen:
         return
-    seen = None if cu_seqlens.is_inference() else (cu_seqlens._version, T)
-    if seen is None or getattr(cu_seqlens, "boundaries_seen", None) != seen:
-        ends = cu_seqlens.tolist()
-        if ends[:1] != [0] or ends[-1] != T or any(a >= b for a, b in zip(ends, ends[1:])):
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, not {str(ends)[:100]}")
-        cu_seqlens.boundaries_seen = seen
-
-def checked(backend, q, k, v, *others):
-    """Check the inputs -> q, k, v in one dtype (autocast's, or the widest), the backend."""
-    check_inputs(q, k, v, *others)
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-    # head sizes as plain numbers, also in torch.compile: the kernels are specialised on them
-    heads = (range(n).stop for n in (q.shape[2], v.shape[2], q.shape[3], v.shape[3]))
-    backend = pick_backend(backend, str(q.device), dtype, *heads)
-    return q.to(dtype), k.to(dtype), v.to(dtype), backend
+    ends = cu_seqlens.tolist()
+    if ends[:1] != [0] or ends[-1] != T or any(a >= b for a, b in zip(ends, ends[1:])):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, not {str(ends)[:100]}")
+    cu_seqlens.boundaries_seen = seen
 
 def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
                            output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None,
@@ -801,14 +764,20 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
 
     q, k and v are brought to one dtype, gates and state to fp32; in PyTorch all to fp64 if one of
     q, k, v is. cu_seqlens [N + 1]: N sequences packed in one row (B = 1), sequence n from
-    cu_seqlens[n] to cu_seqlens[n + 1], which torch.compile does not check; then the states are
-    [N, HV, Dk, Dv]. backend: "auto", "torch", "triton".
-    use_cache and output_router_logits, which transformers' Qwen3-Next passes down, change nothing.
+    cu_seqlens[n] to cu_seqlens[n + 1]; then the states are [N, HV, Dk, Dv]. backend: "auto",
+    "torch", "triton". use_cache and output_router_logits, of transformers' Qwen3-Next, do nothing.
     For a backward Triton keeps N, P, V~ and each chunk's state: 2 C + Dv + Dk Dv / C numbers a
     token and head. In fp16, with the norm, zero or very short q and k (1e-4) overflow: prefer bf16.
-    Raises ValueError for shapes that do not fit, RuntimeError if backend="triton" is not possible.
+    ValueError for inputs that do not fit, RuntimeError if backend="triton" is not possible.
     Source: [1], [2]; names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3]."""
-    q, k, v, backend = checked(backend, q, k, v, g, beta, initial_state, cu_seqlens)
+    check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+    # head sizes as plain numbers, also in torch.compile: the kernels are specialised on them
+    heads = (range(n).stop for n in (q.shape[2], v.shape[2], q.shape[3], v.shape[3]))
+    backend = pick_backend(backend, str(q.device), dtype, *heads)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel
     if backend == "triton":
         return triton_chunk_gated_delta_rule(q, k, v, g, beta, *options, cu_seqlens)
@@ -828,14 +797,14 @@ def one_by_one(rule, rows, cu_seqlens, scale, S, keep_state, *options):
 
 def torch_gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real=None):
     """gated_delta_step in PyTorch: any device, differentiable, in torch.compile too."""
-    work = torch.promote_types(v.dtype, torch.float32)
-    a, b, weight, to_gate = (x.to(work) for x in (a, b, weight, gate))
+    dtype, work = gate.dtype, torch.promote_types(v.dtype, torch.float32)
+    a, b, A_log, dt_bias, weight = (x.to(work) for x in (a, b, A_log, dt_bias, weight))
+    q, k, v, gate = (F.silu(x.to(work)) for x in (q, k, v, gate))
     g, beta = -A_log.exp() * F.softplus(a + dt_bias), b.sigmoid()
     if real is not None:  # padding decays nothing and writes nothing
         g, beta = (x.where((real != 0)[:, None, None], 0) for x in (g, beta))
-    q, k, v = (F.silu(x.to(work)) for x in (q, k, v))
     o, S = recurrent_gated_delta_rule(q, k, v, g, beta, None, S, True, True)
-    return (F.rms_norm(o, weight.shape, weight, eps) * F.silu(to_gate)).to(gate.dtype), S
+    return (F.rms_norm(o, weight.shape, weight, eps) * gate).to(dtype), S
 
 def triton_gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real=None):
     """gated_delta_step in one kernel, without gradients."""
@@ -844,34 +813,28 @@ def triton_gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S,
     inputs = [x.contiguous() for x in (q, k, v, a, b, gate, A_log, dt_bias, weight, S)]
     o, S_out = torch.empty_like(inputs[5]), torch.empty_like(inputs[9])
     stride = 0 if real is None else real.stride(0)
-    how = dict(H=H, D=D, BD=BD, BV=min(BD, 16384 // BD), num_warps=8 if BD > 64 else 4)
+    how = dict(H=H, D=D, BD=BD, BV=min(BD, 8192 // BD), num_warps=8 if BD > 64 else 4)
     with torch.cuda.device_of(v):
         step_kernel[B * H,](*inputs, real, o, S_out, stride, eps, D**-0.5, **how)
     return o, S_out
 
-@functools.lru_cache(maxsize=None)
-def step_rule(device, dtype, H, D):
-    """Decided once: to ask pick_backend costs as much as a launch."""
-    backend = pick_backend("auto", str(device), dtype, H, H, D, D)
-    return triton_gated_delta_step if backend == "triton" else torch_gated_delta_step
-
 def gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real=None):
     """What a Gated DeltaNet mixer does to one token between its input products and W_o.
 
-        q, k, v = SiLU(q), SiLU(k), SiLU(v);   then q = q / |q|, k = k / |k|
+        q, k, v = SiLU(q), SiLU(k), SiLU(v);   q, k = q / |q|, k / |k|
         g = -exp(A_log) softplus(a + dt_bias),   beta = sigmoid(b)
         S~ = exp(g) S,   S = S~ + k (x) beta (v - S~^T k),   o = S^T q D^-1/2
         o = RMSNorm(o) * weight * SiLU(gate)
 
-    q, k, v, gate [B, 1, H, D] and a, b [B, 1, H]: products with x; A_log, dt_bias [H]; weight [D],
-    eps of the RMSNorm; S [B, H, D, D] fp32 or None (zero); real [B] or None: 0 where the token is
-    padding, which leaves S as it is. It works in fp32, or in fp64 if v is; no shape is checked.
-    Returns o [B, 1, H, D] in the dtype of gate, and the new S; the old one is not overwritten.
-    Fused into one kernel on a GPU, without gradients and outside of torch.compile."""
-    inputs = q, k, v, a, b, gate, A_log, dt_bias, weight
+    q, k, v, gate [B, 1, H, D], a, b [B, 1, H]: products of x; A_log, dt_bias [H]; weight [D]; S
+    [B, H, D, D] fp32 or None (zero); real [B] or None: 0 where the token is padding, which leaves S
+    as it is. Shapes are not checked. Returns o in the dtype of gate, and S, the old one left alone.
+    One kernel on a GPU, but not where gradients are wanted nor in torch.compile."""
+    inputs, (H, D) = (q, k, v, a, b, gate, A_log, dt_bias, weight), v.shape[2:]
     plain = torch.compiler.is_compiling() or wants_grad(*inputs, S)
-    rule = torch_gated_delta_step if plain else step_rule(v.device, v.dtype, *v.shape[2:])
-    return rule(*inputs, eps, S, real)
+    if plain or pick_backend("auto", str(v.device), v.dtype, H, H, D, D) == "torch":
+        return torch_gated_delta_step(*inputs, eps, S, real)
+    return triton_gated_delta_step(*inputs, eps, S, real)
 
 # ------------------------------------------------------------------- gated linear attention (GLA)
 
@@ -908,8 +871,8 @@ def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=Fal
     chunk_gated_delta_rule."""
     check_inputs(q, k, v, g, None, initial_state, cu_seqlens)
     if cu_seqlens is not None:
-        options = cu_seqlens, scale, initial_state, output_final_state
-        return one_by_one(chunk_gla, (q, k, v, g), *options)
+        options = scale, initial_state, output_final_state
+        return one_by_one(chunk_gla, (q, k, v, g), cu_seqlens, *options)
     (B, T, H, Dk), Dv, dtype = q.shape, v.shape[-1], v.dtype
     C = min(64, 1 << (T - 1).bit_length())  # a power of two
     work = torch.promote_types(q.dtype, torch.float32)
@@ -948,7 +911,7 @@ def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=Fal
 
 def check(device):
     """Print the largest error of every backend there is -> are all within their limits?"""
-    print("Largest error against the fp64 recurrence: o, final state, six gradients, decoding")
+    print("Largest error against the fp64 recurrence: o, final state, six gradients, fused step")
     cases, good = [("torch", torch.float32)], True
     if why_not_triton(device, torch.float32, 2, 4, 64, 64) is None:  # the interpreter lacks bf16
         cases += [("triton", x) for x in LIMITS if device == "cuda" or x == torch.float32]
@@ -963,62 +926,55 @@ def check(device):
         good = good and not verdict
     return good
 
-def report(case, name, function, inputs, trained):
-    """Print milliseconds forward, with backward and, of these, the host's; peak GiB on a GPU."""
-    cuda = inputs[0].is_cuda
-
-    def both():
-        output = function(*inputs)
-        output = output[0] if isinstance(output, tuple) else output
-        torch.autograd.grad(output, trained, torch.ones_like(output))
-
-    def milliseconds(run):
-        if cuda:
-            return triton.testing.do_bench(run, return_mode="median")
-        return 1e3 * statistics.median(timeit.repeat(run, number=1, repeat=7))
-
-    both()  # compiles
-    torch.cuda.reset_peak_memory_stats() if cuda else None
-    used = torch.cuda.memory_allocated()
-    host = 1e3 * min(timeit.repeat(both, number=1, repeat=7))  # a launch waits for nothing
-    peak = (torch.cuda.max_memory_allocated() - used) / 2**30
-    forward, total = milliseconds(lambda: torch.no_grad()(function)(*inputs)), milliseconds(both)
-    print(f"{case:26} {name:12} {forward:9.3f} {total:10.3f} {host:9.3f} {peak:6.2f}", flush=True)
-
 def benchmark(device):
-    """Time the chunked rule and, on a GPU, kl_loss beside what else can be imported."""
-    rules, dtype = {"ours": chunk_gated_delta_rule}, torch.float32
-    cases = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
+    """Print what the rule and, on a GPU, kl_loss take, beside a peer that is installed."""
+    rules, losses, T, dtype = {"ours": chunk_gated_delta_rule}, {}, 16_384, torch.float32
+    shapes = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
     if device == "cuda":
-        cases = [(6, T, 16, d) for d in (64, 128) for T in (4096, 16384, 32768)]
-        cases += [(8, 512, 9, 64), (32, 1024, 9, 64), (1, 32768, 16, 64)]
+        from hybrid_distill import kl_loss
+        losses["ours"] = lambda *x: [kl_loss(*x)]
         dtype = torch.bfloat16
-    with contextlib.suppress(ImportError):
-        if device == "cuda":
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla
-            rules["FLA"] = fla
-        else:
+        shapes = [(6, n, 16, d) for d in (64, 128) for n in (4096, T, 2 * T)]
+        shapes += [(8, 512, 9, 64), (32, 1024, 9, 64), (1, 2 * T, 16, 64)]
+        with contextlib.suppress(ImportError):
+            import fla.ops.gated_delta_rule as fla
+            rules["FLA"] = fla.chunk_gated_delta_rule
+        with contextlib.suppress(ImportError):  # 0.0 is KL(teacher || student)
+            from liger_kernel.transformers import LigerFusedLinearJSD
+            losses["Liger"] = lambda *x: [LigerFusedLinearJSD(0.0)(*x, None)]
+    else:
+        with contextlib.suppress(ImportError):
             from transformers.models.qwen3_next import modeling_qwen3_next as qwen
             rules["transformers"] = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
-    print("\nmilliseconds               rule           forward + backward  its host   peak GiB")
-    for (B, T, H, d), (name, rule) in itertools.product(cases, rules.items()):
-        x = [y.requires_grad_() for y in example(B, T, H, H, d, d, "random", dtype, device)[:5]]
+    print("\nmilliseconds                  of             forward  + backward  peak GiB")
+    for (B, n, H, d), (name, rule) in itertools.product(shapes, rules.items()):
+        x = [y.requires_grad_() for y in example(B, n, H, H, d, d, "random", dtype, device)[:5]]
         rule = functools.partial(rule, use_qk_l2norm_in_kernel=True)
-        report(f"B={B} T={T} H={H} d={d}", name, rule, x, x)
-    if device == "cuda":
-        benchmark_kl_loss()
+        report(f"B={B} T={n} H={H} d={d}", name, rule, x, x)
+    for (D, V), name in itertools.product(((576, 49_152), (2048, 128_256)), losses):
+        x = [torch.randn(n, D, device=device, dtype=dtype) for n in (T, V, T, V)]
+        trained = [y.requires_grad_() for y in x[:2]]
+        report(f"KL T={T} D={D} V={V}", name, losses[name], x, trained)
 
-def benchmark_kl_loss(tokens=16_384):
-    from hybrid_distill import kl_loss
-    losses = {"kl_loss": kl_loss}
-    with contextlib.suppress(ImportError):
-        from liger_kernel.transformers import LigerFusedLinearJSD
-        losses["Liger"] = lambda *x: LigerFusedLinearJSD(0.0)(*x, None)  # KL(teacher || student)
-    for (D, V), (name, loss) in itertools.product(((576, 49_152), (2048, 128_256)), losses.items()):
-        how = dict(device="cuda", dtype=torch.bfloat16)
-        x = [torch.randn(n, D, **how) for n in (tokens, V, tokens, V)]
-        x[0].requires_grad_(), x[1].requires_grad_()
-        report(f"tokens={tokens} D={D} V={V}", name, loss, x, x[:2])
+def report(case, name, function, inputs, trained):
+    """Print a line: median milliseconds forward, with backward; on a GPU the peak of memory."""
+    def both():
+        o = function(*inputs)[0]
+        torch.autograd.grad(o, trained, torch.ones_like(o))
+
+    def median(run):
+        if inputs[0].is_cuda:
+            return triton.testing.do_bench(run, return_mode="median")
+        return sorted(1e3 * x for x in timeit.repeat(run, number=1, repeat=7))[3]
+
+    both()  # compiles
+    before = torch.cuda.memory_allocated()
+    if inputs[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    forward = median(functools.partial(torch.no_grad()(function), *inputs))
+    print(f"{case:29} {name:12} {forward:9.3f} {median(both):10.3f} {peak:9.2f}", flush=True)
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"

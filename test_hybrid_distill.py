@@ -118,7 +118,7 @@ KINDS = ["random", "identical", "underflow"]
 HEADS = [(64, 64), (128, 128), (60, 100), (256, 256)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KERNELS = {name: kernel for name, kernel in vars(kernels).items() if name.endswith("_kernel")}
-NAMES = "recurrent", "torch_chunk", "chunk", "decode"
+NAMES = "recurrent", "torch_chunk", "chunk"
 RULES = {name: getattr(kernels, f"{name}_gated_delta_rule") for name in NAMES}
 rule, triton_rule = kernels.chunk_gated_delta_rule, kernels.triton_chunk_gated_delta_rule
 
@@ -127,13 +127,6 @@ interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_kernels_in_the_interpreter"
 )
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-def right(inputs, limit, rule=rule, **options):
-    found = dict(zip(kernels.NAMES, kernels.errors(rule, inputs, **options)))
-    assert all(error < limit for error in found.values()), found
-
-def run_rule(q, k, v, g, beta, S, rule=rule, **options):
-    return rule(q, k, v, g, beta, None, S, True, True, **options)
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter(request):
@@ -145,6 +138,13 @@ def interpreter(request):
     with subprocess.Popen([*command, "-k", "interpreted"], **how) as process:
         yield process
         process.kill()
+
+def right(inputs, limit, rule=rule, **options):
+    found = dict(zip(kernels.NAMES, kernels.errors(rule, inputs, **options)))
+    assert all(error < limit for error in found.values()), found
+
+def run_rule(q, k, v, g, beta, S, rule=rule, **options):
+    return rule(q, k, v, g, beta, None, S, True, True, **options)
 
 def example(*shape, kind):
     """As kernels.example; in "forgetful" the log-decays of "underflow" are -inf."""
@@ -158,7 +158,7 @@ def example(*shape, kind):
 def test_chunked_pytorch_is_the_recurrence(T, Dk, Dv, kind):
     right(example(2, T, 2, 4, Dk, Dv, kind=kind), 1e-5, backend="torch")
 
-def test_chunked_pytorch_passes_gradcheck_but_has_no_second_derivative():
+def test_chunked_pytorch_has_a_gradient_and_no_second_one():
     inputs = [x.double().requires_grad_() for x in kernels.example(1, 37, 1, 2, 3, 4)]
     torch.autograd.gradcheck(run_rule, inputs)
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -194,11 +194,11 @@ def test_boundaries_are_read_once_a_tensor(watch):
     inputs, ends = kernels.example(1, 9, 1, 1, 16, 16)[:5], torch.tensor([0, 4, 9])
     reads = watch(torch.Tensor, "tolist")
     for _ in range(3):
-        kernels.checked("torch", *inputs, None, ends)
+        kernels.check_inputs(*inputs, None, ends)
     assert len(reads) == 1
     ends[1] = 0
     with pytest.raises(ValueError, match="must rise"):
-        kernels.checked("torch", *inputs, None, ends)
+        kernels.check_inputs(*inputs, None, ends)
 
 @interpreted
 @pytest.mark.parametrize(
@@ -212,16 +212,13 @@ def test_interpreted_triton_is_the_recurrence(T, HV, Dk, Dv, kind):
 @interpreted
 def test_interpreted_triton_packed_and_fp16():
     check_packed(2e-4, kernels.example(2, 130, 1, 2, 16, 16), backend="triton")
-    half = kernels.example(1, 70, 1, 1, 32, 16, "identical", torch.float16)
-    right(half, 5e-3, backend="triton")
-    single = kernels.example(1, 70, 1, 1, 32, 16)[:5]
-    single[3][0, 66] = math.nan  # is seen from there on, not taken for a decay
-    x = [t.requires_grad_() for t in single]
+    right(kernels.example(1, 70, 1, 1, 32, 16, "identical", torch.float16), 5e-3, backend="triton")
+    inputs = kernels.example(1, 70, 1, 1, 32, 16)[:5]
+    inputs[3][0, 66] = math.nan  # is seen from there on, not taken for a decay
+    x = [t.requires_grad_() for t in inputs]
     o = rule(*x, use_qk_l2norm_in_kernel=True, backend="triton")[0]
     assert o[:, 66:].isnan().all() and not o[:, :64].isnan().any()
     assert all(dx.isnan().any() for dx in torch.autograd.grad(o.sum(), x))
-    with pytest.raises(ValueError, match="scale must be a number"):
-        rule(*half[:5], scale=torch.ones((), requires_grad=True), backend="triton")
 
 @interpreted
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -231,11 +228,11 @@ def test_interpreted_trial_inside_a_checkpoint(reentrant):
 
     def traced(*x):
         if not trials:
-            trials.append(kernels.trial("cpu", torch.float32, 1, 1, 16, 16))
+            trials.extend(kernels.errors(triton_rule, kernels.example(1, 130, 1, 1, 16, 16)))
         return rule(*x, backend="triton")
 
     inside = gradients(functools.partial(checkpoint, traced, use_reentrant=reentrant), inputs)
-    assert all(error < 1e-3 for error in trials[0])
+    assert len(trials) == len(kernels.NAMES) and all(error < 1e-3 for error in trials)
     assert all(map(torch.equal, inside, gradients(traced, inputs)))
 
 @interpreted
@@ -253,51 +250,96 @@ def test_interpreted_triton_under_autocast_checkpointing_and_compile():
     for wrapped in (checkpointed, compiled):
         assert all(map(torch.equal, gradients(wrapped, inputs), gradients(run, inputs)))
 
+def step_example(D, B=3, H=4, dtype=torch.float32):
+    """Arguments of gated_delta_step, the second token padding; exp(A_log) is so large where
+    softplus is small that its last digits show."""
+    q, k, v, a, b, S = kernels.example(B, 1, H, H, D, D, dtype=dtype)
+    dt_bias, weight = torch.linspace(-30, 9, H), torch.linspace(0.5, 2, D).to(dtype)
+    real = torch.tensor([[0, 2], [1, 0], [0, 1]])[:, 1]  # strided
+    return q, k, v, a, 4 * b, v + q, -dt_bias, dt_bias, weight, 1e-3, S, real
+
+def step_in_fp64(*inputs):
+    x = [x.double() if isinstance(x, torch.Tensor) else x for x in inputs]
+    q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real = x
+    q, k, v, gate = (y[:, 0] / (1 + (-y[:, 0]).exp()) for y in (q, k, v, gate))
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    real, softplus = real.clamp(max=1)[:, None], torch.log1p((a[:, 0] + dt_bias).exp())
+    S = S * (-A_log.exp() * softplus * real).exp()[..., None, None]
+    write = (real / (1 + (-b[:, 0]).exp()))[..., None] * (v - torch.einsum("bhkv,bhk->bhv", S, k))
+    S = S + torch.einsum("bhk,bhv->bhkv", k, write)
+    o = torch.einsum("bhkv,bhk->bhv", S, q) / math.sqrt(q.shape[-1])
+    return (o / (o.square().mean(-1, keepdim=True) + eps).sqrt() * weight * gate)[:, None], S
+
+@pytest.mark.parametrize("D", [12, 60, 100, 256])
+@pytest.mark.parametrize("step", [kernels.gated_delta_step, pytest.param(
+    kernels.triton_gated_delta_step, marks=interpreted, id="interpreted")])  # fmt: skip
+def test_the_fused_step_is_its_equations(step, D):
+    *x, S, real = step_example(D)
+    found, old = step(*x, S, real), S.clone()
+    assert all((y - z).norm() <= 1e-6 * z.norm() for y, z in zip(found, step_in_fp64(*x, S, real)))
+    assert torch.equal(found[1][1], S[1]) and torch.equal(S, old)  # padding; out of place
+    assert all(map(torch.equal, step(*x, S, real != 0), found))
+    assert all(map(torch.equal, step(*x, None), step(*x, 0 * S, torch.ones(3))))
+    q, k, *x = step_example(D, dtype=torch.float16)  # Qwen3's norms may leave q and k in fp32
+    (o, S), exact = step(q.float(), k.float(), *x), step_in_fp64(q, k, *x)
+    assert o.dtype == torch.float16 and S.dtype == torch.float32
+    assert (o - exact[0]).norm() <= 5e-4 * o.norm() and (S - exact[1]).norm() <= 1e-6 * S.norm()
+
+def test_the_step_is_plain_where_gradients_are_wanted_and_in_compile(monkeypatch):
+    monkeypatch.setattr(kernels, "pick_backend", lambda *_: pytest.fail("not to be asked"))
+    run, inputs = kernels.gated_delta_step, step_example(3, H=2)
+    exact = [x.double().requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
+    torch.autograd.gradcheck(lambda *x: run(*x[:-2], 1e-3, *x[-2:]), exact)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
+    assert all(map(torch.equal, compiled, kernels.torch_gated_delta_step(*inputs)))
+
 @on_a_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_every_kernel_on_the_gpu_is_the_recurrence(heads, dtype):
-    for T in (1, 75, 200):
-        for kind in KINDS:
-            # like keys at d = 256: bf16 dbeta 1.2e-2 was seen
-            like = 2 if kind == "identical" and heads == (256, 256) else 1
-            inputs = kernels.example(2, T, 2, 4, *heads, kind, dtype, "cuda")
-            right(inputs, like * kernels.LIMITS[dtype], triton_rule)
+    for T, kind in itertools.product((1, 75, 200), KINDS):
+        # like keys at d = 256: bf16 dbeta 1.2e-2 was seen
+        like = 2 if kind == "identical" and heads == (256, 256) else 1
+        inputs = kernels.example(2, T, 2, 4, *heads, kind, dtype, "cuda")
+        right(inputs, like * kernels.LIMITS[dtype], triton_rule)
     packed = kernels.example(2, 130, 1, 2, 64, 64, "random", dtype, "cuda")
     check_packed(2 * kernels.LIMITS[dtype], packed, backend="triton")
 
 @on_a_gpu
 def test_auto_takes_triton_on_the_gpu(recwarn):
-    q, k, v, g, beta, S = kernels.example(1, 70, 2, 2, 64, 64, "random", torch.bfloat16, "cuda")
-    assert kernels.checked("auto", q, k, v, g, beta, S, None)[-1] == "triton" and not recwarn.list
-    one = [x[:, :1] for x in (q, k, v, g, beta)]
-    found = kernels.decode_gated_delta_rule(*one, initial_state=S, output_final_state=True)
-    truth = kernels.recurrent_gated_delta_rule(*one, initial_state=S, output_final_state=True)
-    same(found[0].float(), truth[0].float(), 2e-2), same(found[1], truth[1], 1e-5)
+    inputs = kernels.example(1, 70, 2, 2, 64, 64, "random", torch.bfloat16, "cuda")
+    assert all(map(torch.equal, run_rule(*inputs), run_rule(*inputs, backend="triton")))
+    step = kernels.one_token(*inputs)
+    fused = kernels.triton_gated_delta_step(*step)
+    assert all(map(torch.equal, kernels.gated_delta_step(*step), fused)) and not recwarn.list
 
 @pytest.mark.parametrize(
     "change,sentence",
     [(dict(k=torch.zeros(1, 8, 2, 8)), "k must be"), (dict(g=torch.zeros(1, 8, 3)), "g must be"),
-     (dict(v=torch.zeros(1, 8, 3, 16)), "a multiple of the 2 heads"),
+     (dict(v=torch.zeros(1, 8, 3, 16)), "a multiple of the 2"),
+     (dict(v=torch.zeros(1, 8, 1, 16)), "a multiple of the 2"),
+     (dict(q=torch.zeros(1, 0, 2, 16)), r"\[B, T, H, D\], not empty"),
+     ({x: torch.zeros(1, 2, 8, 16) for x in "qkv"}, r"g must be \[1, 2, 8\]"),
+     (dict(g=torch.full((1, 8, 2), 0.1)), "g must be <= 0"),
      (dict(initial_state=torch.zeros(1, 2, 16, 8)), "initial_state must be"),
      (dict(cu_seqlens=torch.tensor([0, 5])), "must rise from 0 to T = 8"),
      (dict(backend="cuda"), "backend"), (dict(backend="triton"), "is not possible"),
-     (dict(inital_state=None), "inital_state"), (dict(use_qk_l2norm=True), "use_qk_l2norm"),
-     (dict(state_v_first=True), "state_v_first")],
+     (dict(inital_state=None), "inital_state")],
 )  # fmt: skip
 def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
     inputs = dict(zip(("q", "k", "v", "g", "beta"), kernels.example(1, 8, 2, 2, 16, 16)))
-    with pytest.raises((TypeError, ValueError, RuntimeError), match=sentence):
-        rule(**{**inputs, **change})
+    for wrong in [rule] if {"cu_seqlens", "backend"} & change.keys() else RULES.values():
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=sentence):
+            wrong(**{**inputs, **change})
 
 def test_the_rules_share_one_signature():
-    one, two, chunk, decode = ([*inspect.signature(f).parameters.items()] for f in RULES.values())
-    assert one == two == chunk[: len(one)] and decode == [p for p in chunk if p[0] != "backend"]
+    one, two, chunk = ([*inspect.signature(f).parameters.items()] for f in RULES.values())
+    assert one == two == chunk[: len(one)]
 
 def test_the_chunked_pytorch_copies_out():
-    parts = kernels.l2norm, kernels.ChunkedTorch, kernels.torch_chunk_gated_delta_rule
+    names = "l2norm", "check_inputs", "ChunkedTorch", "torch_chunk_gated_delta_rule"
     alone = {"torch": torch, "F": F}
-    exec("\n".join(map(inspect.getsource, parts)), alone)
+    exec("\n".join(inspect.getsource(getattr(kernels, name)) for name in names), alone)
     right(kernels.example(1, 70, 1, 2, 16, 24), 1e-5, alone["torch_chunk_gated_delta_rule"])
 
 def test_python_kernels_fails_where_an_error_exceeds_its_limit(monkeypatch, capsys):
@@ -316,7 +358,10 @@ def test_qwen3_next_of_transformers_runs_on_these_kernels(monkeypatch):
     config = qwen3_next.Qwen3NextConfig(**SIZES, **sizes, shared_expert_intermediate_size=16)
     model, x = qwen3_next.Qwen3NextForCausalLM(config).eval(), tokens(2, 75)
     theirs = model(x).logits, model.generate(x, max_new_tokens=8, **GREEDY)
-    decode = kernels.decode_gated_delta_rule
+
+    def decode(*x, cu_seqlens, use_cache, output_router_logits, **how):
+        return RULES["recurrent"](*x, **how)
+
     monkeypatch.setattr(qwen3_next, "torch_chunk_gated_delta_rule", rule)
     monkeypatch.setattr(qwen3_next, "torch_recurrent_gated_delta_rule", decode)
     ours = model(x).logits, model.generate(x, max_new_tokens=8, **GREEDY)
@@ -331,11 +376,9 @@ def test_one_compiled_function_serves_heads_of_any_size():
         same(compiled(*inputs)[0], run(*inputs)[0], 1e-6)
 
 def gla_example(T, decay):
-    rng = torch.Generator().manual_seed(T)
-    q, k, g = torch.randn(3, 2, T, 3, 12, generator=rng)
-    v, S = (torch.randn(2, n, m, 20, generator=rng) for n, m in ((T, 3), (3, 12)))
-    g = -50 * g.abs() if decay == "strong" else torch.where(g > 0.5, decay, -0.1 * g.abs())
-    return [q, k, v, g, torch.ones_like(v), S]
+    q, k, v, _, beta, S = kernels.example(2, T, 3, 3, 12, 20)
+    g = -50 * k.abs() if decay == "strong" else torch.where(k > 0.5, decay, -0.1 * k.abs())
+    return [q, k.roll(1, -1), v, g, torch.ones_like(v), S]
 
 def of_gla(rule):
     """With the arguments of the gated delta rule, as `kernels.everything` gives them."""
@@ -357,13 +400,15 @@ def test_chunked_gla_is_the_recurrence(T, decay):
 def test_gla_packed_and_of_wrong_shapes():
     check_packed(1e-5, gla_example(130, -50.0), chunk_gla, recurrent_gla)
     q, k, v, g, _, S = gla_example(9, -50.0)
-    for sentence, x, more in (
-        ("q, k and g must be", (q, k, v, g[..., 0]), {}),
-        ("initial_state must be", (q, k, v, g), dict(initial_state=S[:1])),
-        ("must rise from 0", [x[:1] for x in (q, k, v, g)], dict(cu_seqlens=torch.arange(9))),
+    for sentence, x in (
+        ("g must be", (q, k, v, g[..., 0])),
+        ("a multiple of", (q[:, :, :1], k[:, :, :1], v, g)),
+        ("g must be <= 0", (q, k, v, -g)),
+        ("initial_state must be", (q, k, v, g, None, S[:1])),
     ):
-        with pytest.raises(ValueError, match=sentence):
-            kernels.chunk_gla(*x, **more)
+        for wrong in (kernels.chunk_gla, kernels.recurrent_gla):
+            with pytest.raises(ValueError, match=sentence):
+                wrong(*x)
 
 def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     """Every launch of a forward, a backward and a decoding step: kernel, grid, arguments, how."""
@@ -377,16 +422,16 @@ def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
         monkeypatch.setattr(kernels, name, Recorder(name))
     q, v = (torch.zeros(B, 70, *n, dtype=dtype, device=device) for n in ((2, Dk), (4, Dv)))
     g, S = torch.zeros(B, 70, 4, device=device), torch.zeros(B, 4, Dk, Dv, device=device)
-    x = q, q, v, g, g
-    o, _, *kept = kernels.launch_forward(*x, S, None, None, 1.0, True, True)
-    kernels.launch_backward(q, q, g, *kept, o, S, None, None, 1.0, True, B)
-    kernels.launch_decode(*x, S, 1.0, True)
+    x, real = (q, q, v, g, g), torch.ones(B, dtype=torch.int64, device=device)
+    o, _, *kept = kernels.launch_forward(x, (S, None, None), 1.0, True, True)
+    kernels.launch_backward((q, q, g, *kept, o), (S, None, None), 1.0, True, B)
+    kernels.triton_gated_delta_step(*kernels.one_token(*x, S), real)
     monkeypatch.undo()
     return found
 
 POINTERS = dict(zip([*DTYPES, torch.int64], ("*bf16", "*fp16", "*fp32", "*i64")))
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have, by compute capability
-SPILLED = {64: (240, 220), 100: (2300, 640), 128: (2100, 140), 256: (4700, 950)}  # Ampere, later
+SPILLED = {64: (440, 220), 100: (2300, 680), 128: (3500, 140), 256: (4800, 950)}  # Ampere, later
 EVERYTHING = [(heads, chip, dtype) for heads in HEADS for chip in SHARED for dtype in DTYPES]
 SOME = [EVERYTHING[i] for i in (0, 12, 25)]
 FULL = os.environ.get("HYBRID_DISTILL_FULL") == "1"
@@ -406,11 +451,15 @@ def test_every_kernel_compiles_for_real_chips(monkeypatch, tmp_path, heads, capa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if capability == 100 and triton.__version__ < "3.8":
+        pytest.skip("Triton before 3.8 fails to compile backward_chunk_kernel for Blackwell")
     # fp32 products, not in tensor cores, fill the registers; on Ampere the tiles, chosen on Hopper,
     # are too large from d = 100 on
     most_spilled = 8000 if dtype == torch.float32 else SPILLED[max(heads)][capability >= 90]
     compiled = set()
-    monkeypatch.setattr(kernels, "generation", lambda device: capability // 10)
+    chip, tiles = types.SimpleNamespace(type="cuda"), kernels.tiles.__wrapped__
+    monkeypatch.setattr(kernels, "tiles", lambda *how: tiles(*how[:-1], chip))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(capability, 10))
     for kernel, _, args, options in launches(monkeypatch, *heads, dtype):
         how = {n: options.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in options}
         values = {**dict(zip(kernel.arg_names, args)), **options}
