@@ -285,6 +285,11 @@ class Hybrid:
         require(not missing, f"this checkpoint lacks {len(missing)} weights, such as {missing[:1]}")
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, *args, **options):
+        dtype = self.config.dtype  # transformers puts that of the weights there, as text
+        super().save_pretrained(*args, **options)
+        self.config.dtype = dtype
+
     def generate(self, *args, **options):
         refused = options.get("cache_implementation") == "paged", options.get("assistant_early_exit")
         require(not any(refused), "a recurrent state is neither cut in pages nor rolled back: generate "
@@ -518,7 +523,7 @@ def restore_attention(student, teacher, softmax_layers):
 def to_teachers_dtype(student):
     """In place: the weights in config.dtype, as a student is saved and run, but for fp32 gates."""
     for name, p in student.named_parameters():
-        if name.split(".")[-1] not in student._keep_in_fp32_modules_strict:
+        if name.split(".")[-1] not in Hybrid._keep_in_fp32_modules_strict:
             p.data = p.data.to(student.config.dtype)
     return student.eval()
 
