@@ -327,7 +327,8 @@ def _pass_padding_and_packing(decoder, args, kwargs):
         require(len(tokens) == 1, f"cu_seq_lens_q is for one packed row, not {len(tokens)}")
         at, ends = torch.arange(tokens.shape[1], device=tokens.device), ends.to(tokens.device).long()
         positions = (at - ends[torch.searchsorted(ends, at, right=True) - 1])[None]
-        args, kwargs = args[:2], {**kwargs, "position_ids": positions}
+        cached = bool(call.get("use_cache"))  # a softmax layer parts them without a cache alone
+        args, kwargs = args[:2], {**kwargs, "position_ids": positions, "use_cache": cached}
     if positions is not None and positions.shape[-1] > 1:
         # A sequence begins wherever a position is not the one before plus 1, as in transformers.
         kwargs = {**kwargs, "sequence_starts": F.pad(positions.diff(dim=-1) != 1, (1, 0))}
