@@ -518,7 +518,8 @@ def restore_attention(student, teacher, softmax_layers):
 def to_teachers_dtype(student):
     """In place: the weights in config.dtype, as a student is saved and run, but for fp32 gates."""
     for name, p in student.named_parameters():
-        if name.split(".")[-1] not in student._keep_in_fp32_modules_strict:
+        # of the class: a copied teacher's own, from its __init__, is empty
+        if name.split(".")[-1] not in type(student)._keep_in_fp32_modules_strict:
             p.data = p.data.to(student.config.dtype)
     return student.eval()
 
