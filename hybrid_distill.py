@@ -1508,7 +1508,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         layers = sorted(layers)
         after = [b["align"], layers]
         file = out / f"row-{key([base, *after, b['distill'], b['finetune'], name == 'teacher'])}.json"
-        model, saved = teacher, name != s.select or (place / "config.json").exists()
+        # of this very row: another rate, seed or teacher may have left a student of these layers
+        model, saved = teacher, name != s.select or (place / file.name).exists()
         if not gather(file.exists() and saved)[0]:
             if name != "teacher":
                 model, rest_lr = restore_attention(student, teacher, layers), b["distill"].rest_lr
@@ -1519,8 +1520,11 @@ def run(s, teacher, tokenizer, corpus) -> dict:
                 row = {"softmax_layers": layers, **evaluate(model, teach, test), **corpus.recall(model)}
                 row |= running_cost(model, b["finetune"].length)
                 if name == s.select:
+                    for old in place.glob("row-*.json"):
+                        old.unlink()
                     model.save_pretrained(place)
                     tokenizer.save_pretrained(place)
+                    write(place / file.name, json.dumps(row))
                 write(file, json.dumps(row))
             gather("the row is written")
         rows.append({"name": name, **json.loads(file.read_text()), "cost": costs.get(name, 0)})
