@@ -1037,7 +1037,7 @@ def gates(x, lr=0.1, pull=0.5):
         groups = [{"params": [theta], "lr": lr, "weight_decay": 0.0}]
         with replaced(student, x.layers, mixed):
             train(nn.ParameterList([theta]), groups, losses, x.batches, steps, **x.how)
-        x.remember(name, theta.sigmoid().tolist())
+        x.remember(name, gather(theta.sigmoid().tolist())[0])  # processes must go on alike
     x.count(steps)
     return dict(enumerate(x.scores[name]))
 
