@@ -306,11 +306,26 @@ for _base in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCa
     _hybrid.register_for_auto_class("AutoModelForCausalLM")
     HYBRIDS[_base], globals()[_names[0]], globals()[_names[1]] = _hybrid, _config, _hybrid
 
+class Norm(nn.RMSNorm):
+    """The teacher's RMSNorm as one kernel, not seven; under autocast it gives the products' dtype,
+    or each of them would cast its input for itself."""
+    def __init__(self, norm):
+        super().__init__(norm.weight.shape, norm.variance_epsilon, device="meta")
+        self.weight = norm.weight
+
+    def forward(self, x):
+        y, device = super().forward(x), x.device.type
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+
 def swap_attention(model) -> None:
-    """Replace, in place, every attention that config.softmax_layers does not name by a mixer."""
+    """Replace, in place, every attention that config.softmax_layers does not name by a mixer, and
+    the norms around them."""
     for i, layer in enumerate(model.model.layers):
+        layer.input_layernorm = Norm(layer.input_layernorm)
+        layer.post_attention_layernorm = Norm(layer.post_attention_layernorm)
         if i not in model.config.softmax_layers:
             layer.self_attn = MIXERS[model.config.mixer](layer.self_attn)
+    model.model.norm = Norm(model.model.norm)
     model.model.register_forward_pre_hook(_pass_padding_and_packing, with_kwargs=True)
 
 def _pass_padding_and_packing(decoder, args, kwargs):
@@ -327,11 +342,15 @@ def _pass_padding_and_packing(decoder, args, kwargs):
         require(len(tokens) == 1, f"cu_seq_lens_q is for one packed row, not {len(tokens)}")
         at, ends = torch.arange(tokens.shape[1], device=tokens.device), ends.to(tokens.device).long()
         positions = (at - ends[torch.searchsorted(ends, at, right=True) - 1])[None]
-        cached = bool(call.get("use_cache"))  # a softmax layer parts them without a cache alone
-        args, kwargs = args[:2], {**kwargs, "position_ids": positions, "use_cache": cached}
+        args, kwargs = args[:2], {**kwargs, "position_ids": positions}
     if positions is not None and positions.shape[-1] > 1:
-        # A sequence begins wherever a position is not the one before plus 1, as in transformers.
-        kwargs = {**kwargs, "sequence_starts": F.pad(positions.diff(dim=-1) != 1, (1, 0))}
+        # A sequence begins wherever a position is not the one before plus 1, as in transformers,
+        # whose softmax layers part them without a cache alone.
+        starts = F.pad(positions.diff(dim=-1) != 1, (1, 0))
+        if call.get("use_cache") is not False and not torch.compiler.is_compiling() and starts.any():
+            require(not call.get("use_cache"), "packed sequences need use_cache=False")
+            kwargs = {**kwargs, "use_cache": False}
+        kwargs = {**kwargs, "sequence_starts": starts}
     return args, kwargs
 
 def mixers(model) -> dict[int, nn.Module]:
@@ -369,7 +388,7 @@ def compiled(function):
     def call(*tensors):
         try:
             if tensors[0].is_cuda and "failed" not in fast:
-                return fast.setdefault("", torch.compile(function))(*tensors)
+                return fast.setdefault("", torch.compile(function, dynamic=False))(*tensors)
         except torch.OutOfMemoryError:  # says nothing about the compiler
             raise
         except Exception as error:  # whatever a compiler or a driver throws
@@ -1042,7 +1061,7 @@ def gates(x, lr=0.1, pull=0.5):
         groups = [{"params": [theta], "lr": lr, "weight_decay": 0.0}]
         with replaced(student, x.layers, mixed):
             train(nn.ParameterList([theta]), groups, losses, x.batches, steps, **x.how)
-        x.remember(name, theta.sigmoid().tolist())
+        x.remember(name, gather(theta.sigmoid().tolist())[0])  # processes must go on alike
     x.count(steps)
     return dict(enumerate(x.scores[name]))
 
@@ -1513,7 +1532,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         layers = sorted(layers)
         after = [b["align"], layers]
         file = out / f"row-{key([base, *after, b['distill'], b['finetune'], name == 'teacher'])}.json"
-        model, saved = teacher, name != s.select or (place / "config.json").exists()
+        # of this very row: another rate, seed or teacher may have left a student of these layers
+        model, saved = teacher, name != s.select or (place / file.name).exists()
         if not gather(file.exists() and saved)[0]:
             if name != "teacher":
                 model, rest_lr = restore_attention(student, teacher, layers), b["distill"].rest_lr
@@ -1524,8 +1544,11 @@ def run(s, teacher, tokenizer, corpus) -> dict:
                 row = {"softmax_layers": layers, **evaluate(model, teach, test), **corpus.recall(model)}
                 row |= running_cost(model, b["finetune"].length)
                 if name == s.select:
+                    for old in place.glob("row-*.json"):
+                        old.unlink()
                     model.save_pretrained(place)
                     tokenizer.save_pretrained(place)
+                    write(place / file.name, json.dumps(row))
                 write(file, json.dumps(row))
             gather("the row is written")
         rows.append({"name": name, **json.loads(file.read_text()), "cost": costs.get(name, 0)})
