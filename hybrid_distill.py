@@ -24,9 +24,7 @@ Glossary
                                  all-linear student with l alone restored, after a little stage 2
     attention, rest  -           every layer's self_attn, softmax or linear; all other parameters
 
-A student trains in fp32, as 16-bit weights swallow small steps; its products are made in the
-teacher's dtype, config.dtype. First comes the method, in the order of the paper; then the plumbing,
-which the method never calls.
+First the method, in the order of the paper; then the plumbing, which the method never calls.
 """
 
 from __future__ import annotations
@@ -48,7 +46,6 @@ import math
 import operator
 import os
 import re
-import shlex
 import shutil
 import sys
 import time
@@ -108,9 +105,10 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def __init__(self, attn):
         super().__init__()
-        Dh, D, std = attn.head_dim, attn.config.hidden_size, attn.config.initializer_range
-        self.layer_idx, self.head_dim, H = attn.layer_idx, Dh, attn.config.num_attention_heads
-        to = dict(device=attn.q_proj.weight.device, dtype=attn.q_proj.weight.dtype)
+        H, Dh, std = attn.config.num_attention_heads, attn.head_dim, attn.config.initializer_range
+        self.layer_idx, self.num_heads, self.head_dim = attn.layer_idx, H, Dh
+        D, weight = attn.config.hidden_size, attn.q_proj.weight
+        to = dict(device=weight.device, dtype=weight.dtype)
         self.q_proj, self.o_proj = copy.deepcopy(attn.q_proj), copy.deepcopy(attn.o_proj)
         self.k_proj, self.v_proj = copy.deepcopy(attn.q_proj), copy.deepcopy(attn.q_proj)  # H heads
         for ours, theirs in ((self.k_proj, attn.k_proj), (self.v_proj, attn.v_proj)):
@@ -119,7 +117,6 @@ class Mixer(nn.Module):
                 getattr(ours, part).copy_(heads.flatten(0, 1))
         self.q_norm = copy.deepcopy(getattr(attn, "q_norm", nn.Identity()))
         self.k_norm = copy.deepcopy(getattr(attn, "k_norm", nn.Identity()))
-        self.num_heads = H
         self.add_gates(D, std, **to)
         self.g_proj = linear(D, H * Dh, std, **to)  # W_g: output gate
         self.o_norm = nn.Parameter(torch.ones(Dh, **to))
@@ -135,27 +132,30 @@ class Mixer(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
         v, gate = self.v_proj(x).unflatten(-1, heads), self.g_proj(x).unflatten(-1, heads)
-        real = None if padding_mask is None else padding_mask[:, -T:].to(x.device)
+        real = None if padding_mask is None else padding_mask[:, -T:]
         cache = next((c for c in others.values() if "Cache" in type(c).__name__), None)
         state = None if cache is None else recurrent_state(cache, self.layer_idx)
-        S = None if state is None else state.S
-        if T == 1 and state is not None and hasattr(self, "step") and not torch.is_grad_enabled():
+        S = state and state.S
+        if state and T == 1 and hasattr(self, "step") and not torch.is_grad_enabled():
             o, S = self.step(x, q, k, v, gate, S, real)
         else:
             q, k, v, decay, *more = self.gates(x, q, k, v)
             if sequence_starts is not None:  # S decays before it is read: this empties it
-                starts = sequence_starts.to(x.device)
-                decay = decay.masked_fill(starts.view(-1, T, *[1] * (decay.ndim - 2)), -torch.inf)
-            written = [k, v, decay, *more]
+                decay = masked(decay, sequence_starts, -torch.inf)
             if real is not None:  # padding writes nothing (k, v, beta = 0), decays nothing (g = 0)
-                written = [w.masked_fill(~real.view(-1, T, *[1] * (w.ndim - 2)), 0) for w in written]
-            o, S = self.chunk(q, *written, initial_state=S, output_final_state=state is not None)
+                k, v, decay, *more = (masked(t, ~real, 0) for t in (k, v, decay, *more))
+            how = dict(initial_state=S, output_final_state=state is not None)
+            o, S = self.chunk(q, k, v, decay, *more, **how)
             # RMSNorm(o_t) * SiLU(W_g x_t), the norm per head and in fp32
             o = F.rms_norm(o.float(), (self.head_dim,), self.o_norm.float(), 1e-5)
             o = (o * F.silu(gate.float())).to(gate.dtype)
-        if state is not None:
+        if state:
             state.S, state.seen = S, state.seen + T
         return self.o_proj(o.flatten(2)), None
+
+def masked(t, rows, value):
+    """t [B, T, ...] with `value` where rows [B or 1, T] is True."""
+    return t.masked_fill(rows.to(t.device).view(*rows.shape, *[1] * (t.ndim - 2)), value)
 
 def linear(inputs: int, outputs: int, std: float, **to):
     """nn.Linear without bias, its weight drawn with this standard deviation."""
@@ -226,10 +226,7 @@ MIXERS = {"gdn": GatedDeltaNet, "gla": GatedLinearAttention}  # by config.mixer
 
 class RecurrentState(DynamicLayer):
     """One layer of transformers' cache that holds a mixer's state S [B, ...], of constant size.
-
-    `generate` asks a cache for its length and to follow the batch (beam search). As it never says
-    `is_initialized`, transformers does not offload it, which would save little.
-    """
+    `generate` asks a cache for its length and to follow the batch (beam search)."""
     is_croppable, S, seen = False, None, 0
 
     def reset(self):
@@ -253,20 +250,17 @@ class RecurrentState(DynamicLayer):
         raise NotImplementedError("a recurrent state cannot be rolled back: no assisted decoding")
 
 def recurrent_state(cache, layer_idx: int) -> RecurrentState:
-    """The state of one layer, put in the place of its empty KV layer when first asked for.
-
-    So whoever made the cache (`generate`, a pipeline, `DynamicCache()`) need not know of hybrids.
-    """
+    """The state of one layer, put in the place of its empty KV layer when first asked for: whoever
+    made the cache (`generate`, a pipeline, `DynamicCache()`) need not know of hybrids."""
     lazy = getattr(cache, "layer_class_to_replicate", None)
     while lazy and len(cache.layers) <= layer_idx:
         cache.layers.append(lazy())
     layer = cache.layers[layer_idx] if isinstance(cache, Cache) else cache
     if not isinstance(layer, RecurrentState):
         kind = type(layer).__name__  # static layers, or the pages of continuous batching
-        require(isinstance(layer, DynamicLayer), f"a hybrid needs a dynamic cache, not a {kind}: call "
-                "generate with cache_implementation='dynamic'")  # fmt: skip
-        sentence = "this cache holds keys and values of another model: use an empty one"
-        require(layer.get_seq_length() == 0, sentence)
+        require(isinstance(layer, DynamicLayer), f"a hybrid needs a dynamic cache, not a {kind}: "
+                "call generate with cache_implementation='dynamic'")  # fmt: skip
+        require(not layer.get_seq_length(), "this cache holds keys and values of another model")
         layer = cache.layers[layer_idx] = RecurrentState()
     return layer
 
@@ -285,15 +279,10 @@ class Hybrid:
         require(not missing, f"this checkpoint lacks {len(missing)} weights, such as {missing[:1]}")
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args, **options):
-        dtype = self.config.dtype  # transformers puts that of the weights there, as text
-        super().save_pretrained(*args, **options)
-        self.config.dtype = dtype
-
     def generate(self, *args, **options):
-        refused = options.get("cache_implementation") == "paged", options.get("assistant_early_exit")
-        require(not any(refused), "a recurrent state is neither cut in pages nor rolled back: generate "
-                "without cache_implementation='paged' and assistant_early_exit")  # fmt: skip
+        paged = options.get("cache_implementation") == "paged"
+        require(not (paged or options.get("assistant_early_exit")), "a recurrent state is neither "
+                "cut in pages nor rolled back: no paged cache, no assisted decoding")  # fmt: skip
         return super().generate(*args, **options)
 
 HYBRIDS = {}  # the stock class -> its hybrid: LlamaForCausalLM -> HybridLlamaForCausalLM, ...
@@ -307,7 +296,7 @@ for _base in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCa
     HYBRIDS[_base], globals()[_names[0]], globals()[_names[1]] = _hybrid, _config, _hybrid
 
 class Norm(nn.RMSNorm):
-    """The teacher's RMSNorm as one kernel, not seven; under autocast it gives the products' dtype,
+    """The teacher's RMSNorm as one kernel, not seven; under autocast in the dtype of the products,
     or each of them would cast its input for itself."""
     def __init__(self, norm):
         super().__init__(norm.weight.shape, norm.variance_epsilon, device="meta")
@@ -318,39 +307,41 @@ class Norm(nn.RMSNorm):
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 def swap_attention(model) -> None:
-    """Replace, in place, every attention that config.softmax_layers does not name by a mixer, and
-    the norms around them."""
+    """In place: a mixer for every attention that config.softmax_layers does not name, fast norms,
+    and what tells the mixers of padding and packing."""
+    model.model.norm = Norm(model.model.norm)
     for i, layer in enumerate(model.model.layers):
         layer.input_layernorm = Norm(layer.input_layernorm)
         layer.post_attention_layernorm = Norm(layer.post_attention_layernorm)
         if i not in model.config.softmax_layers:
             layer.self_attn = MIXERS[model.config.mixer](layer.self_attn)
-    model.model.norm = Norm(model.model.norm)
-    model.model.register_forward_pre_hook(_pass_padding_and_packing, with_kwargs=True)
+    model.model.register_forward_pre_hook(_tell_mixers, with_kwargs=True)
 
-def _pass_padding_and_packing(decoder, args, kwargs):
+def _tell_mixers(decoder, args, kwargs):
     """Give every mixer what transformers builds its mask from: padding, or packed sequences.
     Extra keyword arguments of the decoder reach every self_attn."""
     call = {**dict(zip(("input_ids", "attention_mask", "position_ids"), args)), **kwargs}
     mask, positions, ends = map(call.get, ("attention_mask", "position_ids", "cu_seq_lens_q"))
     if mask is not None:
-        require(getattr(mask, "ndim", 0) == 2 and ends is None, "a hybrid takes an attention_mask as "
+        require(getattr(mask, "ndim", 0) == 2 and ends is None, "a hybrid takes attention_mask as "
                 "[batch, tokens], 1 on real tokens, and cu_seq_lens_q without one")  # fmt: skip
         return args, {**kwargs, "padding_mask": mask != 0}
     if ends is not None:  # attention that is not flash parts the sequences by their positions
         tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
         require(len(tokens) == 1, f"cu_seq_lens_q is for one packed row, not {len(tokens)}")
-        at, ends = torch.arange(tokens.shape[1], device=tokens.device), ends.to(tokens.device).long()
+        ends = ends.to(tokens.device).long()
+        at = torch.arange(tokens.shape[1], device=tokens.device)
         positions = (at - ends[torch.searchsorted(ends, at, right=True) - 1])[None]
         args, kwargs = args[:2], {**kwargs, "position_ids": positions}
     if positions is not None and positions.shape[-1] > 1:
         # A sequence begins wherever a position is not the one before plus 1, as in transformers,
-        # whose softmax layers part them without a cache alone.
+        # whose softmax layers part sequences without a cache alone.
         starts = F.pad(positions.diff(dim=-1) != 1, (1, 0))
-        if call.get("use_cache") is not False and not torch.compiler.is_compiling() and starts.any():
-            require(not call.get("use_cache"), "packed sequences need use_cache=False")
-            kwargs = {**kwargs, "use_cache": False}
         kwargs = {**kwargs, "sequence_starts": starts}
+        cached, compiling = call.get("use_cache") is not False, torch.compiler.is_compiling()
+        if cached and not compiling and starts.any():
+            require(not call.get("use_cache"), "packed sequences need use_cache=False")
+            kwargs["use_cache"] = False
     return args, kwargs
 
 def mixers(model) -> dict[int, nn.Module]:
@@ -359,8 +350,9 @@ def mixers(model) -> dict[int, nn.Module]:
     return {i: x.self_attn for i, x in enumerate(model.model.layers) if i not in softmax}
 
 def product_dtype(model) -> torch.dtype:
-    """Of matrix products: the teacher's, which a student, fp32 in training, has in its config."""
-    return model.config.dtype if hasattr(model.config, "softmax_layers") else model.dtype
+    """Of matrix products: the teacher's. A student trains in fp32, as 16-bit weights swallow small
+    steps, and has it in its config."""
+    return getattr(torch, getattr(model.config, "product_dtype", ""), model.dtype)
 
 def autocast(model):
     half = product_dtype(model) != model.dtype
@@ -388,7 +380,8 @@ def compiled(function):
     def call(*tensors):
         try:
             if tensors[0].is_cuda and "failed" not in fast:
-                return fast.setdefault("", torch.compile(function, dynamic=False))(*tensors)
+                fast[""] = fast.get("") or torch.compile(function, dynamic=False)
+                return fast[""](*tensors)
         except torch.OutOfMemoryError:  # says nothing about the compiler
             raise
         except Exception as error:  # whatever a compiler or a driver throws
@@ -423,22 +416,17 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
     nn.Linear without bias that holds one; mask [...], the weight of each token, default 1.
     p = softmax(head h), temperature 1. Products are made in the dtype of the hidden states, sums in
     fp32, which the loss is in (fp64 for fp64). Gradients reach student_hidden and student_head. At
-    most `chunk` rows of logits exist at a time, forward and backward.
-    To copy it out take kl_rows, compiled, ChunkedLoss, head_weight and token_weights along.
+    most `chunk` rows of logits exist at a time, forward and backward. ValueError for shapes that do
+    not fit. To copy it out take kl_rows, compiled, ChunkedLoss and mean_of_rows along.
     """
-    student_head, teacher_head = head_weight(student_head), head_weight(teacher_head).detach()
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1] or len(student_head) != len(teacher_head):
-        raise ValueError(f"student and teacher must see the same tokens and share a vocabulary, not "
-                         f"{list(student_hidden.shape[:-1])}, {list(teacher_hidden.shape[:-1])} "
-                         f"tokens and {len(student_head)}, {len(teacher_head)} words")  # fmt: skip
-    teacher_hidden = teacher_hidden.detach().flatten(0, -2)
-    teacher_head = teacher_head.to(teacher_hidden.dtype)
-
-    def rows(logits, part, weight):
-        return kl_rows(logits, F.linear(teacher_hidden[part], teacher_head), weight)
-
-    weights = token_weights(student_hidden, mask)
-    return ChunkedLoss.apply(student_hidden.flatten(0, -2), student_head, weights, rows, chunk)
+    sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
+    shapes = [(*h.shape[:-1], len(getattr(W, "weight", W))) for h, W in sides]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"student and teacher must share tokens and a vocabulary, not {shapes}")
+    h, W = (x.detach() for x in (teacher_hidden, getattr(teacher_head, "weight", teacher_head)))
+    h, W = h.flatten(0, -2), W.to(h.dtype)
+    rows = lambda logits, part, weight: kl_rows(logits, F.linear(h[part], W), weight)
+    return mean_of_rows(rows, student_hidden, student_head, mask, chunk)
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
     """-log p(label), mean over tokens, in nats. labels [...], -100 where a token does not count;
@@ -446,44 +434,37 @@ def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels must be {list(hidden.shape[:-1])}, not {list(labels.shape)}")
     counted = labels != -100
-    weights = token_weights(hidden, counted if mask is None else mask * counted)
-    labels = labels.flatten().clamp(min=0)
+    label = labels.flatten().clamp(min=0)
+    rows = lambda logits, part, weight: cross_entropy_rows(logits, label[part], weight)
+    return mean_of_rows(rows, hidden, head, counted if mask is None else mask * counted, chunk)
 
-    def rows(logits, part, weight):
-        return cross_entropy_rows(logits, labels[part], weight)
-
-    return ChunkedLoss.apply(hidden.flatten(0, -2), head_weight(head), weights, rows, chunk)
-
-def head_weight(head):
-    """[V, D] of an nn.Linear or as it is; an evaluation asks for no gradient of it."""
+def mean_of_rows(rows, hidden, head, mask, chunk):
+    """Mean of a loss over tokens, weighted by mask [...]: 0 for a mask without a token.
+    rows(logits, which tokens, their weights) -> weighted losses, their gradients by the logits."""
     if getattr(head, "bias", None) is not None:
         raise ValueError("a head with a bias is not supported")
-    weight = getattr(head, "weight", head)
-    return weight if torch.is_grad_enabled() else weight.detach()
-
-def token_weights(hidden, mask):
-    """Each token's share of the mean, summing to 1; all zero for a mask without a token."""
-    work = torch.promote_types(hidden.dtype, torch.float32)
+    head, work = getattr(head, "weight", head), torch.promote_types(hidden.dtype, torch.float32)
     mask = hidden.new_ones(hidden.shape[:-1]) if mask is None else mask
     if mask.shape != hidden.shape[:-1]:
         raise ValueError(f"the mask must be {list(hidden.shape[:-1])}, not {list(mask.shape)}")
     mask = mask.flatten().to(hidden.device, work)
-    return mask / mask.sum().clamp(min=torch.finfo(work).tiny)
+    weights = mask / mask.sum().clamp(min=torch.finfo(work).tiny)
+    head = head if torch.is_grad_enabled() else head.detach()
+    return ChunkedLoss.apply(hidden.flatten(0, -2), head, weights, rows, chunk)
 
 class ChunkedLoss(torch.autograd.Function):
     """sum_t w_t loss(head h_t), with the logits of at most `chunk` tokens at a time.
 
     The gradient of such a loss by its logits is known together with the loss, so one visit to each
     chunk gives both: the forward keeps d/dh [tokens, D] and d/dhead [V, D], not the logits, and
-    the backward scales them. rows(logits, which tokens, weights) -> weighted losses, d/dlogits.
+    the backward scales them.
     """
     @staticmethod
     def forward(ctx, hidden, head, weights, rows, chunk):
         tokens, W = len(hidden), head.to(hidden.dtype)
         # equal chunks, if up to twice as many give them: another shape would be compiled anew
         least = -(-tokens // chunk)
-        count = next((n for n in range(least, 2 * least) if tokens % n == 0), least)
-        size = -(-tokens // count)
+        size = -(-tokens // next((n for n in range(least, 2 * least) if tokens % n == 0), least))
         # the largest weight comes last: 1 / tokens would be lost in a 16-bit gradient
         largest = weights.max().clamp(min=torch.finfo(weights.dtype).tiny)
         weights, total = weights / largest, weights.new_zeros(())
@@ -524,15 +505,14 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
     student.__class__ = HYBRIDS[type(teacher)]  # it differs from the stock class in methods alone
     student.config.__class__ = student.config_class
     student.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
-    student.config.mixer, student.config.dtype = mixer, teacher.dtype
+    student.config.mixer, student.config.product_dtype = mixer, str(teacher.dtype)[6:]
     swap_attention(student)
     return student.float()
 
 def restore_attention(student, teacher, softmax_layers):
     """A copy of the all-linear `student` with the teacher's attention in `softmax_layers`, on the
     teacher's device."""
-    sentence = "attention is restored in the all-linear student, not in a hybrid"
-    require(not student.config.softmax_layers, sentence)
+    require(not student.config.softmax_layers, "attention is restored in all-linear students alone")
     hybrid = copy.deepcopy(student).to(teacher.device)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
@@ -541,26 +521,25 @@ def restore_attention(student, teacher, softmax_layers):
     return hybrid
 
 def to_teachers_dtype(student):
-    """In place: the weights in config.dtype, as a student is saved and run, but for fp32 gates."""
+    """In place: the weights in product_dtype, as a student is saved and run, but for fp32 gates."""
     for name, p in student.named_parameters():
         if name.split(".")[-1] not in Hybrid._keep_in_fp32_modules_strict:
-            p.data = p.data.to(student.config.dtype)
+            p.data = p.data.to(getattr(torch, student.config.product_dtype))
     return student.eval()
 
 def check_teacher(teacher) -> None:
     """UserError unless it is a supported model with the plain weights of its class, in memory."""
     kind, known = type(teacher).__name__, ", ".join(base.__name__ for base in HYBRIDS)
     require(type(teacher) in HYBRIDS, f"the teacher must be one of {known}, not {kind}")
-    sentence = "a float16 teacher cannot be distilled (no loss scaling): use bfloat16"
-    require(teacher.dtype != torch.float16, sentence)
+    require(teacher.dtype != torch.float16, "a float16 teacher wants loss scaling: use bfloat16")
     with torch.device("meta"):
         stock = type(teacher)(copy.deepcopy(teacher.config)).state_dict()
     found = teacher.state_dict(keep_vars=True)
     for name in sorted(stock.keys() | found.keys()):
         p = found.get(name)
         plain = name in stock and type(p) is nn.Parameter and p.shape == stock[name].shape
-        require(plain, f"the teacher has not the weights of a {kind}, see {name}: merge adapters and "
-                "load it without quantisation")  # fmt: skip
+        require(plain, f"the teacher's weights are not those of a {kind}, see {name}: merge "
+                "adapters and load it without quantisation")  # fmt: skip
         require(not p.is_meta, f"the teacher's {name} is offloaded: load it without device_map")
 
 def check_layers(softmax_layers, L: int) -> list[int]:
@@ -604,8 +583,8 @@ def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=N
             row["loss"] = sum(row.values()) / len(row)
             row["gradient_norm"] = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
             if bad := [what for what, value in row.items() if not math.isfinite(value)]:
-                raise FloatingPointError(f"{name}: {bad[0]} became {row[bad[0]]} at step {step + 1} "
-                                         f"of {steps}: lower its learning rate")  # fmt: skip
+                raise FloatingPointError(f"{name}: {bad[0]} became {row[bad[0]]} at step {step + 1}"
+                                         f" of {steps}: lower its learning rate")  # fmt: skip
             # 3. the step, its row, a save when a minute has passed
             optimizer.step()
             optimizer.zero_grad()
@@ -642,8 +621,7 @@ def back_propagate(losses, tokens, micro_batch, trained):
     out it starts again with half as many sequences at a time, and says so.
     """
     rank, world = rank_and_world() if is_sharded(trained) else (0, 1)
-    sentence = f"{world} processes cannot share a batch of {len(tokens)} equally"
-    require(len(tokens) % world == 0, sentence)
+    require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
     mine, sums = tokens.chunk(world)[rank], collections.Counter()
     micro_batch = min(micro_batch or len(mine), len(mine))
     try:
@@ -696,8 +674,6 @@ def state_of(model, optimizer=None) -> dict:
         slots = get_optimizer_state_dict(model, optimizer, options=options)
         state |= {n: slot for n, slot in slots.items() if isinstance(slot, torch.Tensor)}
         state["random"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            state["random_cuda"] = torch.cuda.get_rng_state()
     return state
 
 def save(folder, model, history, optimizer=None) -> None:
@@ -723,8 +699,6 @@ def load(folder, model, optimizer, steps: int) -> list[dict]:
     dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}", no_dist=True)  # in place
     if "random" in state:
         torch.set_rng_state(state["random"])
-    if "random_cuda" in state:
-        torch.cuda.set_rng_state(state["random_cuda"])
     rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row) for row in rows[:step]]
 
@@ -762,9 +736,8 @@ def whole(tensor):
     return tensor.full_tensor(grad_placements=[Partial()]) if sharded else tensor
 
 def shard(model):
-    """In place: the causal LM with weights, gradients and optimizer sharded over all processes, so
-    that a trained parameter takes 16 / world bytes. `fully_shard` puts a layer together when its
-    turn comes; losses take the head from `whole(model.lm_head.weight)`."""
+    """In place: the causal LM with weights, gradients and optimizer sharded over all processes: a
+    trained parameter takes 16 / world bytes. Losses take the head from whole(lm_head.weight)."""
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     layers, heads = [*model.model.layers], [] if tied else [model.lm_head]
     for module in (*(layer.self_attn for layer in layers), *layers, model.model, *heads):
@@ -809,8 +782,8 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
 
         with torch.no_grad(), replaced(teacher, mixers(student), remember):
             last_hidden(teacher, tokens)
-        for i, mixer in training.items():
-            x, y = seen.pop(int(i))
+        for i, mixer in mixers(student).items():
+            x, y = seen.pop(i)
             with autocast(student):
                 y_student, _ = mixer(x)
             yield f"layer {i}", alignment_loss(y_student, y), 1 / len(training)
@@ -914,15 +887,15 @@ class Selection:
     history: list = ()  # of stage 1, for ga-s1
     recall: object = None  # model -> its accuracy, for ar
     file: Path | None = None  # scores are remembered in files of this name
-    how: dict = dataclasses.field(default_factory=dict)  # micro_batch
+    micro_batch: int | None = None
     shard: bool = False  # a candidate is too large for one of several processes
     tokens: int = 0  # that candidates trained on so far, remembered ones too
 
     def __post_init__(self):
         self.layers, self.steps = range(len(mixers(self.student))), self.budget.steps
         L = len(self.student.model.layers)
-        require(1 <= self.k <= len(self.layers) == L, f"1 to {L} layers of an all-linear student can be "
-                f"selected, not {self.k} of one with {len(self.layers)} linear layers")  # fmt: skip
+        require(1 <= self.k <= len(self.layers) == L, f"k must be within 1..{L}, of an all-linear "
+                f"student, not {self.k} of one with {len(self.layers)} linear layers")  # fmt: skip
         files = sorted(self.file.parent.glob(f"{self.file.name}*.json")) if self.file else ()
         scores = gather([json.loads(file.read_text()) for file in files])[0]
         self.scores = dict(collections.ChainMap(*scores))
@@ -938,10 +911,10 @@ class Selection:
             hybrid = shard(hybrid) if self.shard else hybrid
             if steps:
                 distill_logits(hybrid, self.teach, self.batches, steps, self.budget.lr,
-                               self.budget.rest_lr, **self.how)  # fmt: skip
+                               self.budget.rest_lr, micro_batch=self.micro_batch)  # fmt: skip
             self.remember(keys[name], evaluate(hybrid, self.teach, self.validation))
         self.scores = dict(collections.ChainMap(*gather(self.scores)))
-        self.count(len(sets) * steps)
+        self.tokens += len(sets) * steps * self.batch_tokens() if steps else 0
         return {name: self.scores[keys[name]]["kl"] for name in sets}
 
     def remember(self, name, score):
@@ -949,10 +922,8 @@ class Selection:
         if self.file:
             write(f"{self.file}.{rank_and_world()[0]}.json", json.dumps(self.scores))
 
-    def count(self, steps):
-        if steps:
-            batch = self.batches(0) if callable(self.batches) else self.batches[0]
-            self.tokens += steps * batch.numel()
+    def batch_tokens(self):
+        return (self.batches(0) if callable(self.batches) else self.batches[0]).numel()
 
 def best_first(importance) -> list[int]:
     return sorted(importance, key=importance.get, reverse=True)
@@ -983,8 +954,8 @@ def ar(x):
     for i in x.layers:
         with replaced(x.teach.teacher, [i]):
             drop[i] = before - x.recall(x.teach.teacher)
-    require(max(drop.values()) > 0, f"ar needs a teacher that recalls: it finds {before:.1%}, and not "
-            "less without any of its layers")  # fmt: skip
+    require(max(drop.values()) > 0, f"ar needs a teacher that recalls: it finds {before:.1%}, and "
+            "not less without any of its layers")  # fmt: skip
     return drop
 
 def mse(x):
@@ -1060,9 +1031,10 @@ def gates(x, lr=0.1, pull=0.5):
     if (name := f"gates {lr} {pull} after {steps}") not in x.scores:
         groups = [{"params": [theta], "lr": lr, "weight_decay": 0.0}]
         with replaced(student, x.layers, mixed):
-            train(nn.ParameterList([theta]), groups, losses, x.batches, steps, **x.how)
+            train(nn.ParameterList([theta]), groups, losses, x.batches, steps,
+                  micro_batch=x.micro_batch)  # fmt: skip
         x.remember(name, gather(theta.sigmoid().tolist())[0])  # processes must go on alike
-    x.count(steps)
+    x.tokens += steps * x.batch_tokens()
     return dict(enumerate(x.scores[name]))
 
 def gates_ga_s2(x):
@@ -1093,9 +1065,8 @@ RULES = {  # (L, k, seed) -> k of L layers without a look at any data
     "centred": lambda L, k, seed: [int((i + 0.5) * L / k) for i in range(k)],  # in the middle
     "first": lambda L, k, seed: list(range(k)),
     "last": lambda L, k, seed: list(range(L - k, L)),
-    **{name: lambda L, k, seed, name=name: sorted(torch.randperm(
-        L, generator=seeded(name, seed))[:k].tolist()) for name in ("random", "random-1", "random-2")},
-}  # fmt: skip
+    "random": lambda L, k, seed: torch.randperm(L, generator=seeded(seed)).tolist()[:k],
+}
 
 def published_layers(score: str, k: int, teacher_name: str) -> list[int]:
     """The k layers published with [1]'s code for `teacher_name` (its last path component) by
@@ -1103,13 +1074,17 @@ def published_layers(score: str, k: int, teacher_name: str) -> list[int]:
     rankings = json.loads((Path(__file__).parent / "assets" / "published.json").read_text())
     name, score = teacher_name.rstrip("/").split("/")[-1], score.partition(":")[2] or "ga_s2"
     layers = rankings.get(name, {}).get(score, [])
-    if k > len(layers) or score == "ga_s2" and len(layers) == 9 and k not in (7, 9):  # two sets
-        known = [f"{n} ({len(by[score])})" for n, by in rankings.items() if score in by]
-        raise UserError(f"no selection of {k} layers is published for {name!r} by {score}, but for "
-                        f"{', '.join(known) or 'no teacher'}")  # fmt: skip
+    sets_alone = score == "ga_s2" and len(layers) == 9 and k not in (7, 9)
+    known = ", ".join(f"{n} ({len(by[score])})" for n, by in rankings.items() if score in by)
+    require(k <= len(layers) and not sets_alone, f"no selection of {k} layers is published for "
+            f"{name!r} by {score}, but for {known or 'no teacher'}")  # fmt: skip
     return layers[:k]
 
-# ================================================================ THE PLUMBING: settings and errors
+# ================================================================================================
+#                                           THE PLUMBING
+# ================================================================================================
+
+# --------------------------------------------------------------------------------------- settings
 
 @dataclasses.dataclass
 class Budget:
@@ -1121,27 +1096,23 @@ class Budget:
     rest_lr: float = 0.0
 
     def __post_init__(self):
-        sizes, rates = min(self.tokens, self.batch, self.length - 7) > 0, math.isfinite(self.lr)
-        require(sizes and rates and 0 < self.lr and 0 <= self.rest_lr < math.inf, "a stage needs "
-                f"tokens, a batch, a length of at least 8, lr > 0 and rest_lr >= 0, not {self}")  # fmt: skip
+        right = min(self.tokens, self.batch, self.length - 7) > 0 and 0 < self.lr < math.inf
+        right = right and 0 <= self.rest_lr < math.inf
+        require(right, f"a stage needs tokens, a batch, length > 7, lr > 0, rest_lr >= 0, not {self}")
         self.steps = max(1, self.tokens // (self.batch * self.length))
 
 STAGES = "align", "select", "distill", "finetune"
-BUDGETS = {name: dict(zip(STAGES, budgets)) for name, budgets in {
-    "embedded": (  # for the teacher in assets/
-        Budget(614_400, 128, 32, 3e-3), Budget(81_920, 128, 32, 1e-3, 1e-4),
-        Budget(245_760, 128, 32, 1e-3, 1e-4), Budget(81_920, 256, 16, 1e-4)),
-    "small": (  # below 1B parameters: minutes on one GPU
-        Budget(10_000_000, 512, 96, 2e-3), Budget(196_608, 1024, 16, 5e-4, 5e-5),
-        Budget(2_457_600, 1024, 16, 5e-4, 5e-5), Budget(400_000, 4096, 4, 2e-5)),
-    "day": (  # from 1B parameters: a day of one GPU; candidates from 1M tokens, doubled
-        Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
-        Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(2 * 10**7, 16384, 8, 1e-5)),
-    "paper": (  # [1], stage 3 [2]
-        Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
-        Budget(6 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(10**8, 16384, 8, 1e-5)),
-}.items()}  # fmt: skip
-EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
+BUDGETS = {  # of these stages: for the teacher in assets/; below 1B parameters, minutes on a GPU;
+    # from 1B on, a day of one; and of [1], stage 3 of [2]
+    "embedded": (Budget(614_400, 128, 32, 3e-3), Budget(81_920, 128, 32, 1e-3, 1e-4),
+                 Budget(245_760, 128, 32, 1e-3, 1e-4), Budget(81_920, 256, 16, 1e-4)),
+    "small": (Budget(10_000_000, 512, 96, 2e-3), Budget(196_608, 1024, 16, 5e-4, 5e-5),
+              Budget(2_457_600, 1024, 16, 5e-4, 5e-5), Budget(400_000, 4096, 4, 2e-5)),
+    "day": (Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
+            Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(2 * 10**7, 16384, 8, 1e-5)),
+    "paper": (Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
+              Budget(6 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(10**8, 16384, 8, 1e-5)),
+}  # fmt: skip
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; what depends on the teacher stays None until `resolve`."""
@@ -1151,7 +1122,7 @@ def parse(argv=None) -> argparse.Namespace:
         "--S-lr; select and distill take --S-rest-lr (of what is not attention; 0 freezes it). "
         f"Defaults: {BUDGETS}"))  # fmt: skip
     add = parser.add_argument
-    add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [a small one, in assets/]")
+    add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
     add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
     add("--data-config", help="the configuration of a hub dataset, e.g. sample-10BT")
     add("--text-column", default="text", help="of a dataset, .jsonl or .parquet [text]")
@@ -1160,18 +1131,17 @@ def parse(argv=None) -> argparse.Namespace:
     add("--baselines", help="further rows: all-linear, any of --select, or none")
     add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
     add("--budget", choices=BUDGETS, help="defaults of the stages [small; from 1B parameters day]")
-    add("--select-from", type=int, metavar="TOKENS", help="train candidates for so many tokens, then "
-        "2, 4, ... times as many, until the K best are the same twice [1M with --budget day]")
+    add("--select-from", type=int, metavar="TOKENS", help="train candidates for so many tokens, "
+        "then 2, 4, ... times as many, until the K best agree twice [1M with --budget day]")
     add("--out", default="runs/default", help="the run folder; the same command goes on in it")
-    add("--seed", type=int, default=0, help="of data order, new weights, random rules [0]")
+    add("--seed", type=int, default=0, help="of data order, new weights, the random rule [0]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
-    add("--micro-batch", type=int, help="sequences at a time [32,768 tokens, halved until they fit]")
-    add("--recompute", action=argparse.BooleanOptionalAction, help="activations [from 1B]")
-    add("--held-out", type=int, default=64, help="sequences in each of validation and test part [64]")
+    add("--micro-batch", type=int, help="sequences at a time [32,768 tokens, or what fits]")
+    add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
     add("--dry-run", action="store_true", help="two steps of every stage: tokens/s, hours, memory")
     hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)
-    for stage, budget in BUDGETS["paper"].items():
+    for stage, budget in zip(STAGES, BUDGETS["paper"]):
         for name, value in dataclasses.asdict(budget).items():
             if value:  # stages 1 and 3 have no rest_lr
                 add(f"--{stage}-{name.replace('_', '-')}", type=type(value), **hidden)
@@ -1179,40 +1149,34 @@ def parse(argv=None) -> argparse.Namespace:
 
 def resolve(s, config, parameters: int) -> None:
     """Fill in what depends on the teacher's config and size, and refuse what cannot work."""
-    L, large, s.vocab = config.num_hidden_layers, parameters >= 10**9, config.vocab_size
-    for name in ("select_from", "micro_batch", "seed"):
-        sentence = f"--{name.replace('_', '-')} must be within 0..2^32-1"
-        require(0 <= (getattr(s, name) or 0) < 2**32, sentence)
-    require(s.held_out > 0, f"--held-out must be at least 1 sequence, not {s.held_out}")
-    s.budget = s.budget or (("day" if large else "small") if s.teacher else "embedded")
-    s.budgets = {}
-    for stage, default in BUDGETS[s.budget].items():
+    L, s.large, s.vocab = config.num_hidden_layers, parameters >= 10**9, config.vocab_size
+    for name, least in (("select_from", 1), ("micro_batch", 1), ("seed", 0), ("held_out", 1)):
+        value = getattr(s, name)
+        right = value is None or least <= value < 2**32
+        require(right, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    s.budget, s.budgets = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large], {}
+    for stage, default in zip(STAGES, BUDGETS[s.budget]):
         values = dataclasses.asdict(default).items()
         s.budgets[stage] = Budget(*(getattr(s, f"{stage}_{n}", value) for n, value in values))
     s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
     s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
-    s.recompute = large if s.recompute is None else s.recompute
-    rows = ("none" if large else "all-linear,uniform,centred,random") if s.baselines is None else s.baselines
-    s.select, rows = s.select.replace(" ", ""), rows.replace(" ", "").split(",")
-    given = check_layers(map(int, s.select.split(",")), L) if re.fullmatch(r"\d+(,\d+)*", s.select) else []
-    k = s.softmax_layers
+    if s.baselines is None:
+        s.baselines = "none" if s.large else "all-linear,uniform,centred,random"
+    s.select, rows = s.select.replace(" ", ""), s.baselines.replace(" ", "").split(",")
+    given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
+    k, default = s.softmax_layers, len(given) or (max(1, L // 4) if s.teacher else 1)
     require(not given or k in (None, len(given)), f"--select lists {len(given)} layers, not {k}")
-    s.softmax_layers = k = k if k is not None else len(given) or (max(1, L // 4) if s.teacher else 1)
+    k = s.softmax_layers = default if k is None else k
     require(1 <= k <= L, f"--softmax-layers must be within 1..{L}, not {k}")
-    s.names, s.placed = list(dict.fromkeys([s.select, *rows])), {"all-linear": []}
-    for name in s.names[:]:
-        known = ", ".join([*SELECTORS, *RULES, "published"])
-        if name in RULES:
-            s.placed[name] = RULES[name](L, k, s.seed)
-        elif name.partition(":")[0] == "published":
-            s.placed[name] = published_layers(name, k, s.teacher or "")
-        elif given and name == s.select:
-            s.placed[name] = given
-        elif name in ("none", "") and name != s.select:
-            s.names.remove(name)
-        else:
-            require(name in SELECTORS or name == "all-linear", f"--select takes layers such as 3,7,11 "
-                    f"or one of {known}, and --baselines also all-linear and none, not {name!r}")  # fmt: skip
+    known = ", ".join(["3,7,11", *SELECTORS, *RULES, "published", "all-linear"])
+    s.names = [s.select, *dict.fromkeys(name for name in rows if name not in ("none", s.select))]
+    s.placed = {s.select: check_layers(given, L)} if given else {"all-linear": []}
+    for name in {*s.names} - {*SELECTORS, *s.placed, "all-linear"}:
+        right = name in RULES or name.startswith("published")
+        require(right, f"--select and --baselines take {known}, not {name!r}")
+        published = [] if name in RULES else published_layers(name, k, s.teacher or "")
+        s.placed[name] = published or RULES[name](L, k, s.seed)
+    s.placed["all-linear"] = []
 
 # what loaders raise for files that are missing, broken, too new or of another kind
 UNREADABLE = (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, AssertionError,
@@ -1257,16 +1221,17 @@ class Corpus:
     def sample(self, part: str, count: int, length: int, draw) -> dict[str, torch.Tensor]:
         """{"text": tokens [count, length]}, so many different pieces of a part."""
         ids = self.parts[part]
-        if len(ids) < count * length:
-            raise UserError(f"the {part} part has {len(ids)} tokens, too few for {count} sequences of "
-                            f"{length}: give more data, shorter sequences or fewer")  # fmt: skip
+        require(len(ids) >= count * length, f"the {part} part has {len(ids)} tokens, too few for "
+                f"{count} sequences of {length}: more data, shorter or fewer ones")  # fmt: skip
         starts = torch.randperm(len(ids) // length, generator=draw)[:count, None] * length
         return {"text": torch.from_numpy(ids[starts + np.arange(length)].astype(np.int64))}
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part."""
-        at = lambda step: self.sample("train", b.batch, b.length, seeded(self.seed, stage, step))
-        return lambda step: torch.cat([*at(step).values()])
+        def at(step):
+            kinds = self.sample("train", b.batch, b.length, seeded(self.seed, stage, step))
+            return torch.cat([*kinds.values()])
+        return at
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
         """{kind: [tokens [<= 16, length], ...]}, `count` sequences in all."""
@@ -1298,8 +1263,8 @@ class EmbeddedCorpus(Corpus):
         files = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
         texts = [file.read_bytes() for file in files if file.parts[len(library.parts)] not in skip]
         texts += [text.encode() for _, text in sorted(pydoc_data.topics.topics.items())]
-        joined = [b"".join(texts[8::10]), b"".join(texts[9::10]),
-                  b"".join(text for i, text in enumerate(texts) if i % 10 < 8)]  # fmt: skip
+        train = b"".join(text for i, text in enumerate(texts) if i % 10 < 8)
+        joined = b"".join(texts[8::10]), b"".join(texts[9::10]), train
         ids = [np.frombuffer(part, np.uint8).astype(np.int64) + 3 for part in joined]
         super().__init__(np.concatenate(ids), 0, seed)
         self.parts = dict(zip(("validation", "test", "train"), ids))
@@ -1311,7 +1276,8 @@ class EmbeddedCorpus(Corpus):
         starts = torch.randint(len(self.parts[part]) - length, (count - n, 1), generator=draw)
         text = torch.from_numpy(self.parts[part][starts + np.arange(length)])
         known = recall_prompts(pairs, n, draw)[0][:, :-1].view(n, pairs, 2)
-        order = torch.rand(n, -(-length // (2 * pairs)), pairs, generator=draw).argsort(2).flatten(1)
+        rounds = -(-length // (2 * pairs))
+        order = torch.rand(n, rounds, pairs, generator=draw).argsort(2).flatten(1)
         asked = known.gather(1, order[..., None].expand(-1, -1, 2))
         return {"text": text, "recall": torch.cat([known, asked], 1).flatten(1)[:, :length]}
 
@@ -1337,11 +1303,11 @@ def load_tokens(s, tokenizer):
         file = Path(s.out) / f"tokens-{key(asked)}.npy"
         if not file.exists() and rank_and_world()[0] == 0:
             with one_sentence(f"cannot read --data {s.data}"):
-                ids = itertools.islice(tokenised(load_documents(s, files), s, tokenizer), count)
+                ids = itertools.islice(tokenised(s, files, tokenizer), count)
                 ids = np.fromiter(tqdm(ids, "tokenise", count, unit_scale=True), np.uint32)
                 require(len(ids), "it holds no text")
-                require(ids.max() < s.vocab, f"the tokenizer gives a token {ids.max()}, and the teacher "
-                        f"has embeddings of {s.vocab}: they do not belong together")  # fmt: skip
+                require(ids.max() < s.vocab, f"the tokenizer gives a token {ids.max()}, and the "
+                        f"teacher has {s.vocab} embeddings: they are no pair")  # fmt: skip
             write(file, ids)
         gather("tokenised")
     with one_sentence(f"cannot load --data {s.data}"):
@@ -1351,31 +1317,23 @@ def load_tokens(s, tokenizer):
         require(right, f"it must hold a row of token ids, integers below {s.vocab}")
     return ids
 
-def load_documents(s, files):
-    """The rows of --data, whose local files are `files`, as a streamed, shuffled dataset."""
+def tokenised(s, files, tokenizer):
+    """Yields the ids of --data, whose local files are `files`, each document closed with EOS."""
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     datasets = importlib.import_module("datasets")  # an `import` is demanded of users of a student
-    streamed = dict(split="train", streaming=True)
-    if not files:
-        rows = datasets.load_dataset(s.data, s.data_config, **streamed)
-    else:
+    source, how = (s.data, s.data_config), {}
+    if files:
         require(not s.data_config, "--data-config is for a dataset of the hub, not for local files")
-        found = {kinds[file.suffix] for file in files if file.suffix in kinds}
-        some = ", ".join(sorted(found)) or "none"
-        require(len(found) == 1, f"it must hold text, json or parquet files alone, not {some}")
+        source = sorted({kinds[file.suffix] for file in files if file.suffix in kinds})
+        require(len(source) == 1, f"it must hold text, json or parquet files alone, not {source}")
         require(any(file.stat().st_size for file in files), "it is empty")
-        names = [glob.escape(str(file)) for file in files if file.suffix in kinds]
-        how = {"sample_by": "document"} if found == {"text"} else {}
-        rows = datasets.load_dataset(*found, data_files=names, **how, **streamed)
-    return rows.shuffle(seed=s.seed, buffer_size=10_000)
-
-def tokenised(documents, s, tokenizer):
-    """Yields the ids of all documents, each closed with EOS."""
+        how["data_files"] = [glob.escape(str(file)) for file in files if file.suffix in kinds]
+        how |= {"sample_by": "document"} if source == ["text"] else {}
+    rows = datasets.load_dataset(*source, split="train", streaming=True, **how)
     eos, column = tokenizer.eos_token_id, s.text_column
-    for rows in documents.iter(256):
-        columns = ", ".join(rows)
-        require(column in rows, f"it has no column {column!r}: --text-column is one of {columns}")
-        texts = [text for text in rows[column] if text]
+    for some in rows.shuffle(seed=s.seed, buffer_size=10_000).iter(256):
+        require(column in some, f"it has no column {column!r}: --text-column is one of {[*some]}")
+        texts = [text for text in some[column] if text]
         right = all(isinstance(text, str) for text in texts)
         require(right, f"{column!r} must hold text: render messages by a chat template first")
         for ids in tokenizer(texts)["input_ids"] if texts else ():
@@ -1384,8 +1342,8 @@ def tokenised(documents, s, tokenizer):
 # ------------------------------------------------------------------------------------- evaluation
 
 def recall_prompts(pairs: int, count: int, draw):
-    """Prompts `k v k v ... q` [count, 2 pairs + 1], of 32 keys and 16 values, single bytes, the keys
-    distinct; answers [count, 1]."""
+    """Prompts `k v k v ... q` [count, 2 pairs + 1] of 32 keys, distinct, and 16 values, all single
+    bytes; answers [count, 1]."""
     k = 68 + torch.rand(count, 32, generator=draw).argsort(1)[:, :pairs]
     v = 100 + torch.randint(16, (count, pairs), generator=draw)
     asked = torch.randint(pairs, (count, 1), generator=draw)
@@ -1451,6 +1409,8 @@ def running_cost(model, length: int) -> dict:
 
 # ---------------------------------------------------------------------------------------- the run
 
+EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
+
 def key(parts) -> str:
     """Eight letters for all that a result depends on."""
     text = json.dumps(parts, default=dataclasses.asdict)
@@ -1459,7 +1419,7 @@ def key(parts) -> str:
 def load_config(s):
     """(config, number of parameters) of the teacher; UserError says what --teacher is instead."""
     require(bool(s.teacher) == bool(s.data), "--teacher and --data go together or not at all")
-    require(s.teacher or not (s.data_config or s.dtype), "--data-config and --dtype need a --teacher")
+    require(s.teacher or not (s.data_config or s.dtype), "--data-config, --dtype need a --teacher")
     if s.teacher:
         check_place("--teacher", s.teacher)
     known = [base.config_class.model_type for base in HYBRIDS]
@@ -1470,14 +1430,17 @@ def load_config(s):
         with torch.device("meta"):
             return config, AutoModelForCausalLM.from_config(config).num_parameters()
 
+def teacher_dtype(s) -> torch.dtype:
+    return getattr(torch, s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32"))
+
 def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
-    dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
-    place, how = s.teacher or EMBEDDED_TEACHER, dict(dtype=getattr(torch, dtype))
+    place = s.teacher or EMBEDDED_TEACHER
     with one_sentence(f"cannot use the tokenizer of --teacher {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place)
     with one_sentence(f"cannot use the weights of --teacher {place}"):
-        teacher, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **how)
+        how = dict(dtype=teacher_dtype(s), output_loading_info=True)
+        teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
         wrong = [*info["missing_keys"], *info["mismatched_keys"]]
         require(not wrong, f"it lacks {len(wrong)} of its weights, such as {wrong[:1]}")
     return teacher.to(s.device).eval(), tokenizer
@@ -1498,51 +1461,54 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
-    how = {name: {"micro_batch": s.micro_batch or max(1, 2**15 // b[name].length)} for name in b}
-    stages, chosen, rows = {}, {"teacher": range(len(teacher.model.layers))}, []
+    at_once = {name: s.micro_batch or max(1, 2**15 // budget.length) for name, budget in b.items()}
+    stages, chosen, costs, scores, rows = {}, {}, {}, {}, []
 
     def train_stage(name, stage, *models, after=(), **rates):
         torch.manual_seed(s.seed)
         folder = out / f"{name}-{key([base, *after, b[name]])}"
-        stages[folder.name] = sharded(stage, *models, batches[name], b[name].steps, b[name].lr,
-                                      folder=folder, **rates, **how[name])  # fmt: skip
-        return stages[folder.name]
+        how = dict(folder=folder, micro_batch=at_once[name], **rates)
+        history = sharded(stage, *models, batches[name], b[name].steps, b[name].lr, **how)
+        stages[folder.name] = history
+        return history
 
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
-    if s.recompute:
+    if s.large:
         recompute_activations(student)
-    history = train_stage("align", align_hidden_states, student, teacher, final_lr=b["align"].lr / 100)
-    if s.recompute:
+    lowest = b["align"].lr / 100
+    history = train_stage("align", align_hidden_states, student, teacher, final_lr=lowest)
+    if s.large:
         student.cpu()  # it is copied for every candidate, and the GPU is theirs
-
-    costs, scores, select = {}, {}, b["select"]
+    select = b["select"]
+    file = out / f"select-{key([base, b['align'], *dataclasses.astuple(select)[1:]])}"
     for name in s.names:
         torch.manual_seed(s.seed)
-        file = out / f"select-{key([base, b['align'], *dataclasses.astuple(select)[1:]])}"
-        recall = lambda model: corpus.recall(model)["recall"] or 0.0
-        x = Selection(student, teach, batches["select"], validation, s.softmax_layers, select, history,
-                      recall, file, how["select"], not fits_one_process(student))  # fmt: skip
+        x = Selection(
+            student, teach, batches["select"], validation, s.softmax_layers, select, history,
+            lambda model: corpus.recall(model)["recall"] or 0.0, file, at_once["select"],
+            not fits_one_process(student))  # fmt: skip
         steps = max(1, s.select_from // (select.batch * select.length))
-        chosen[name] = s.placed[name] if name in s.placed else select_layers(x, name, steps)
-        chosen[name], costs[name], scores[name] = chosen[name][: s.softmax_layers], x.tokens, x.scores
+        layers = s.placed[name] if name in s.placed else select_layers(x, name, steps)
+        chosen[name], costs[name], scores[name] = layers[: s.softmax_layers], x.tokens, x.scores
 
     place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
-    for name, layers in chosen.items():
-        layers = sorted(layers)
-        after = [b["align"], layers]
-        file = out / f"row-{key([base, *after, b['distill'], b['finetune'], name == 'teacher'])}.json"
+    for name, layers in [("teacher", range(len(teacher.model.layers))), *chosen.items()]:
+        layers, after = sorted(layers), [b["align"], sorted(layers)]
+        row_of = [base, *after, b["distill"], b["finetune"], name == "teacher"]
+        file = out / f"row-{key(row_of)}.json"
         # of this very row: another rate, seed or teacher may have left a student of these layers
-        model, saved = teacher, name != s.select or (place / file.name).exists()
+        saved = name != s.select or (place / file.name).exists()
         if not gather(file.exists() and saved)[0]:
+            model = teacher
             if name != "teacher":
                 model, rest_lr = restore_attention(student, teacher, layers), b["distill"].rest_lr
                 train_stage("distill", distill_logits, model, teach, after=after, rest_lr=rest_lr)
                 train_stage("finetune", finetune, model, after=[*after, b["distill"]])
                 to_teachers_dtype(model)
             if first:
-                row = {"softmax_layers": layers, **evaluate(model, teach, test), **corpus.recall(model)}
-                row |= running_cost(model, b["finetune"].length)
+                row = {"softmax_layers": layers} | evaluate(model, teach, test)
+                row |= corpus.recall(model) | running_cost(model, b["finetune"].length)
                 if name == s.select:
                     for old in place.glob("row-*.json"):
                         old.unlink()
@@ -1552,87 +1518,79 @@ def run(s, teacher, tokenizer, corpus) -> dict:
                 write(file, json.dumps(row))
             gather("the row is written")
         rows.append({"name": name, **json.loads(file.read_text()), "cost": costs.get(name, 0)})
-    if not first:
-        return {}
     chip = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "CPU"
     report = {
-        "teacher": s.teacher or "embedded", "data": s.data or "embedded", "K": s.softmax_layers,
-        "seed": s.seed, "mixer": s.mixer, "command": shlex.join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]), "teacher": s.teacher or "embedded",
+        "data": s.data or "embedded", "seed": s.seed, "K": s.softmax_layers, "mixer": s.mixer,
+        "student": str(place),
         "machine": f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}",
-        "budgets": {name: dataclasses.asdict(budget) for name, budget in b.items()},
-        "student": str(place), "chosen": chosen[s.select], "rows": rows, "scores": scores,
-        "stages": [stage_row(name, history) for name, history in stages.items()],
-    }  # fmt: skip
-    write(out / "report.json", json.dumps(report, indent=1))
-    write(out / "report.md", markdown(report))
+        **{stage: dataclasses.asdict(budget) for stage, budget in b.items()}}  # fmt: skip
+    about = "".join(f"- {name}: {cell(value)}\n" for name, value in report.items())
+    report |= {"chosen": chosen[s.select], "rows": rows, "scores": scores, "stages": stages}
+    if first:
+        write(out / "report.json", json.dumps(report, indent=1))
+        code = ("from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM."
+                f"from_pretrained({str(place)!r}, trust_remote_code=True)")  # fmt: skip
+        write(out / "report.md", f"{table(rows)}\nKL (nats) and perplexity: test part. cost: tokens "
+              "that candidates trained on. Every student had the same stages 2 and 3.\n\n"
+              f"{about}\n```python\n{code}\n```\n")  # fmt: skip
     return report
-
-def stage_row(name, history) -> dict:
-    """What a stage used, and its first and last loss."""
-    tokens, seconds = (sum(row[of] for row in history) for of in ("tokens", "seconds"))
-    return {"stage": name, "tokens": tokens, "seconds": seconds, "tokens/s": tokens / seconds,
-            "losses": [history[0]["loss"], history[-1]["loss"]]}  # fmt: skip
-
-def cell(value) -> str:
-    """A value in a table: every kind in its own form."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {cell(v)}" for name, v in value.items()) or "-"
-    if isinstance(value, list):
-        return " ".join(map(cell, value)) or "-"
-    return "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-def table(rows: list[dict]) -> str:
-    """A Markdown table of rows with the same keys."""
-    lines = [rows[0], ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-def markdown(report) -> str:
-    """report.md: the printed table, what made it, and how to load the student."""
-    about = {name: report[name] for name in ("command", "teacher", "data", "K", "seed", "machine")}
-    return (f"# {report['teacher']} with {report['K']} softmax layers\n\n{table(report['rows'])}\n"
-            "KL (nats) and perplexity: test part. Every row but the teacher had the same stages 2 and "
-            "3; cost: tokens that candidates trained on.\n\n"
-            + "".join(f"- {name}: `{value}`\n" for name, value in about.items())
-            + "".join(f"- {name}: {cell(b)}\n" for name, b in report["budgets"].items())
-            + f"\n```python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM"
-            f".from_pretrained({report['student']!r}, trust_remote_code=True)\n```\n")  # fmt: skip
 
 def fits_one_process(student) -> bool:
     """Does a candidate, with teacher and activations beside it, fit the GPU of a process?"""
     gpu = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if gpu else math.inf
-    return 18 * student.num_parameters() < 0.6 * memory  # weight, gradient, two moments; the teacher
+    return 18 * student.num_parameters() < 0.6 * memory  # weight, gradient, moments; the teacher
 
 def recompute_activations(model) -> None:
     """Gradient checkpointing of every decoder layer in training (renamed within transformers 5)."""
     new = hasattr(model, "activation_checkpointing_enable")
     (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)()
 
+def cell(value) -> str:
+    """A value in a table: every kind in its own form."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(v)}" for name, v in value.items()) or "-"
+    if isinstance(value, list):
+        return " ".join(map(cell, value)) or "-"
+    if isinstance(value, (int, float)):
+        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+    return "-" if value is None else value
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table of rows with the same keys."""
+    lines = [rows[0], ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
 def dry_run(s, config) -> str:
     """Two steps of every stage, on random weights and tokens -> a table of what a run will take."""
     with torch.device(s.device):
-        teacher = AutoModelForCausalLM.from_config(config)
-    teacher, dtype = teacher.eval(), s.dtype or ("bfloat16" if "cuda" in s.device else "float32")
-    teacher.to(getattr(torch, dtype))
-    student, teach, rows, L = transfer_attention(teacher, mixer=s.mixer), TeacherPass(teacher, 0), [], config.num_hidden_layers
-    if s.recompute:
+        teacher = AutoModelForCausalLM.from_config(config).to(teacher_dtype(s)).eval()
+    student, rows, gpu = transfer_attention(teacher, mixer=s.mixer), [], s.device.startswith("cuda")
+    others = dict(align=(align_hidden_states, teacher), finetune=(finetune,))
+    times = dict.fromkeys(STAGES, len(s.names)) | {"align": 1, "select": config.num_hidden_layers}
+    if s.large:
         recompute_activations(student)
-    times = dict.fromkeys(STAGES, len(s.names)) | {"align": 1, "select": L}
     for name, b in s.budgets.items():
-        at_once = min(b.batch, s.micro_batch or max(1, 2**15 // b.length))
-        tokens = [torch.randint(s.vocab, (at_once, b.length)) for _ in range(2)]
-        model = student if name == "align" else restore_attention(student, teacher, range(s.softmax_layers))
-        stage = {"align": align_hidden_states, "finetune": finetune}.get(name, distill_logits)
-        others = {"align": [teacher], "finetune": []}.get(name, [teach])
-        if torch.cuda.is_available():
+        stage, *models = others.get(name, (distill_logits, TeacherPass(teacher, room=0)))
+        model = student
+        if name != "align":
+            model = restore_attention(student, teacher, range(s.softmax_layers))
+        count = min(b.batch, s.micro_batch or max(1, 2**15 // b.length))
+        batches = [torch.randint(s.vocab, (count, b.length)) for _ in range(3)]
+        if gpu:
             torch.cuda.reset_peak_memory_stats()
-        row = stage(model, *others, tokens, 2, micro_batch=at_once)[-1]
-        speed, peak = row["tokens"] / row["seconds"], torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        used = s.select_from * (3 if s.select_from < b.tokens else 1) if name == "select" else b.tokens
-        hours = times[name] * used / speed / 3600
-        rows.append({"stage": name, "tokens": used, "times": times[name], "tokens/s": round(speed), "hours": hours, "peak GiB": peak / 2**30})
+        row = stage(model, *models, batches, 3, micro_batch=count)[-1]
+        if name == "align" and s.large:
+            student.cpu()  # as in a run
+        tokens, speed = b.tokens, row["tokens"] / row["seconds"]
+        if name == "select" and s.select_from < tokens:  # so many, and twice as many, at the least
+            tokens = 3 * s.select_from
+        row = {"stage": name, "tokens": tokens, "times": times[name], "tokens/s": round(speed)}
+        row |= {"hours": times[name] * tokens / speed / 3600}
+        rows.append(row | {"GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else None})
     hours = sum(row["hours"] for row in rows)
-    return f"{table(rows)}\nIn all about {hours:.2g} hours, for the layers of ga-s2.\n"
+    return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations."
 
 def join_torchrun(s) -> None:
     """Join the other processes, if torchrun started this one."""
@@ -1647,29 +1605,30 @@ def join_torchrun(s) -> None:
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp in one process
-    s, error = parse(argv), None
+    s = parse(argv)
     join_torchrun(s)
-    first = rank_and_world()[0] == 0
+    first, out = rank_and_world()[0] == 0, Path(s.out)
     try:
         with one_sentence(f"cannot use --device {s.device}"):
             torch.empty(1, device=s.device).item()
-        resolve(s, *load_config(s))
+        config, parameters = load_config(s)
+        resolve(s, config, parameters)
         if s.dry_run:
-            print(dry_run(s, load_config(s)[0]))
+            print(dry_run(s, config))
             return 0
         with one_sentence(f"cannot write in --out {s.out}"):
-            Path(s.out).mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(Path(s.out) / ".lock", timeout=0) if first else contextlib.nullcontext():
+            out.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(out / ".lock", timeout=0) if first else contextlib.nullcontext():
             teacher, tokenizer = load_teacher(s)
-            corpus = EmbeddedCorpus(s.seed)
             if s.teacher:
                 corpus = Corpus(load_tokens(s, tokenizer), s.held_out_tokens, s.seed, tokenizer)
+            else:
+                corpus = EmbeddedCorpus(s.seed)
             report = run(s, teacher, tokenizer, corpus)
             gather("the report is written")
         if first:
-            print(table(report["rows"]))
-            print(f"Softmax layers, best first: {report['chosen']}. The student is in "
-                  f"{report['student']}; {s.out}/report.md says how to load it.")  # fmt: skip
+            print(f"{table(report['rows'])}\nSoftmax layers, best first: {report['chosen']}. The "
+                  f"student is in {report['student']}; {out}/report.md says how to load it.")
         return 0
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from the last save in {s.out}", file=sys.stderr)
