@@ -488,73 +488,89 @@ def test_a_large_batch_fits_the_grid(monkeypatch):
 
 # ------------------------------------------------------------------------------ mixer and stage 0
 
-@pytest.mark.parametrize("mixer", hd.MIXERS.values())
-@pytest.mark.parametrize("family", CONFIGS)
-def test_every_mixer_head_is_the_teachers_head(family, mixer):
-    attn, x = make_teacher(family).model.layers[1].self_attn, torch.randn(2, 5, 32)
-    mixer = mixer.from_attention(attn)
-    Dh, H = attn.head_dim, mixer.num_heads
-    for name in ("q_proj", "k_proj", "v_proj"):
-        theirs = getattr(attn, name)(x).unflatten(-1, (-1, Dh))
-        theirs = theirs.repeat_interleave(H // theirs.shape[2], dim=2)
-        same(getattr(mixer, name)(x).unflatten(-1, (-1, Dh)), theirs, 1e-6)
-    y = torch.randn(2, 5, H * Dh)
-    same(mixer.o_proj(y), attn.o_proj(y), 1e-6)
-    for norm in ("q_norm", "k_norm") if family == "qwen3" else ():
-        assert torch.equal(getattr(mixer, norm).weight, getattr(attn, norm).weight)
+bf16_default = functools.partial(hd.transformers.modeling_utils.local_torch_dtype, torch.bfloat16)
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("mixer", hd.MIXERS)
+@pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
-def test_the_mixer_is_its_equations(family):
-    m = make_student(make_teacher(family)).model.layers[0].self_attn.double()
-    m.o_norm.weight.uniform_(0.5, 1.5)
-    m.a_proj.weight.mul_(50)
-    x = torch.randn(2, 9, 32, dtype=torch.double)
-    heads = (2, 9, m.num_heads, m.head_dim)
-    q, k, v = m.q_proj(x).view(heads), m.k_proj(x).view(heads), F.silu(m.v_proj(x).view(heads))
-    if family == "qwen3":
-        q, k = m.q_norm(q), m.k_norm(k)
-    q, k = F.normalize(F.silu(q), dim=-1), F.normalize(F.silu(k), dim=-1)
-    alpha = torch.exp(-m.A_log.exp() * F.softplus(x @ m.a_proj.weight.T + m.dt_bias))
-    beta = torch.sigmoid(x @ m.b_proj.weight.T)
-    S, outputs = torch.zeros(2, m.num_heads, m.head_dim, m.head_dim, dtype=torch.double), []
+def test_the_mixer_is_its_equations_with_the_teachers_heads(family, mixer):
+    attn = make_teacher(family).model.layers[1].self_attn.double()
+    m, H, Dh = hd.MIXERS[mixer](attn), attn.config.num_attention_heads, attn.head_dim
+    m.o_norm.uniform_(0.5, 1.5)
+    for p in m.a_proj.parameters():
+        p.mul_(50)
+    x, norm = torch.randn(2, 9, 32, dtype=torch.double), lambda x: x
+    q, k, v = (f(x).unflatten(-1, (-1, Dh)) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
+    q, k = getattr(attn, "q_norm", norm)(q), getattr(attn, "k_norm", norm)(k)
+    q, k, v = (y.repeat_interleave(H // y.shape[2], dim=2) for y in (q, k, v))
+    if mixer == "gdn":
+        q, k, v = F.normalize(F.silu(q), dim=-1), F.normalize(F.silu(k), dim=-1), F.silu(v)
+        alpha = torch.exp(-m.A_log.exp() * F.softplus(x @ m.a_proj.weight.T + m.dt_bias))[..., None]
+        beta = torch.sigmoid(x @ m.b_proj.weight.T)[..., None]
+    else:
+        alpha = torch.sigmoid(m.a_proj(x) + m.a_bias.uniform_(-1, 1)).view_as(q) ** (1 / 16)
+    S, outputs = torch.zeros(2, H, Dh, Dh, dtype=torch.double), []
     for t in range(9):
-        S = alpha[:, t, :, None, None] * S
-        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
-        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
-        outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * m.head_dim**-0.5)
+        S, written = alpha[:, t, ..., None] * S, v[:, t]
+        if mixer == "gdn":
+            written = beta[:, t] * (written - torch.einsum("bhkv,bhk->bhv", S, k[:, t]))
+        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], written)
+        outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * Dh**-0.5)
     o = torch.stack(outputs, 1)
-    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * m.o_norm.weight
-    o = o * F.silu((x @ m.g_proj.weight.T).view(heads))
-    same(m.float()(x.float())[0].double(), m.double().o_proj(o.flatten(2)), 1e-4)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * m.o_norm
+    y = attn.o_proj(o.flatten(2) * F.silu(x @ m.g_proj.weight.T))
+    same(m.float()(x.float())[0].double(), y, 1e-4)
 
 def test_gates_start_where_the_paper_says():
     torch.manual_seed(0)
-    m = hd.GatedDeltaNet(64, 4096, 1, 0, dtype=torch.bfloat16)
-    assert m.A_log.dtype == m.dt_bias.dtype == torch.float32
-    assert m.q_proj.weight.dtype == torch.bfloat16
+    sizes = {**SIZES, "hidden_size": 1024, "num_attention_heads": 1024, "num_hidden_layers": 1}
+    with bf16_default():
+        m = hd.GatedDeltaNet(LlamaForCausalLM(LlamaConfig(**sizes)).model.layers[0].self_attn)
     A, dt = m.A_log.detach().exp(), F.softplus(m.dt_bias.detach())
-    assert 0 < A.min() and A.max() <= 16.001 and abs(float(A.mean()) - 8) < 0.3
-    assert 0.99e-3 <= dt.min() and dt.max() <= 1.01e-1
+    assert A.dtype == dt.dtype == torch.float32 and m.q_proj.weight.dtype == torch.bfloat16
+    assert 0 < A.min() and A.max() <= 16.001 and abs(float(A.mean()) - 8) < 0.5
+    assert 0.99e-3 <= dt.min() and dt.max() <= 1.01e-1 and len(dt.unique()) > 1000  # bf16 has 850
     assert abs(float(dt.log().mean()) - math.log(1e-2)) < 0.1
 
-def test_the_decay_of_a_bf16_model_is_computed_in_fp32(watch):
-    m = make_student(make_teacher("llama").bfloat16()).model.layers[0].self_attn
-    x, calls = torch.randn(1, 7, 32).bfloat16(), watch(hd, "chunk_gated_delta_rule")
-    m(x)
-    g, beta = calls[0][3:]
-    assert g.dtype == beta.dtype == torch.float32
-    assert torch.equal(g, -m.A_log.exp() * F.softplus(m.a_proj(x).float() + m.dt_bias))
+@pytest.mark.parametrize("training", [True, False])
+def test_the_decay_of_a_bf16_model_is_computed_in_fp32(training, watch):
+    teacher = make_teacher().bfloat16()
+    student, wanted = make_student(teacher), weights(make_student(teacher))
+    with bf16_default():
+        assert equal(weights(make_student(teacher)), wanted)
+    assert {p.dtype for p in wanted.values()} == {torch.float32}
+    student = student if training else hd.to_teachers_dtype(student)
+    m, x = student.model.layers[0].self_attn, torch.randn(1, 7, 32).to(student.dtype)
+    calls = watch(m, "chunk")
+    with hd.autocast(student):
+        m(x)
+        (q, *_, g, beta), a = calls[0], m.a_proj(x)
+    assert q.dtype == a.dtype == torch.bfloat16 and g.dtype == beta.dtype == torch.float32
+    assert torch.equal(g, -m.A_log.exp() * F.softplus(a.float() + m.dt_bias))
 
-@pytest.mark.parametrize("mixer", hd.MIXERS)
-@torch.no_grad()
-def test_padding_leaves_the_mixers_state_alone(mixer):
-    m = make_student(make_teacher(), mixer=mixer).model.layers[0].self_attn
-    x, mask, caches = torch.randn(2, 90, 32), torch.ones(2, 90), [DynamicCache(), DynamicCache()]
-    mask[:, 70:] = 0
-    m(x, padding_mask=mask, **{CACHE: caches[0]})
-    m(x[:, :70], **{CACHE: caches[1]})
-    same(*(hd.recurrent_state(cache, 0).tensors[0] for cache in caches))
+@pytest.mark.parametrize("mixer,dtype,tolerance", [
+    ("gdn", torch.float32, 2e-5), ("gdn", torch.bfloat16, 3e-2), ("gla", torch.float32, 2e-5),
+])  # fmt: skip
+def test_steps_and_padding_give_the_state_of_the_real_tokens(mixer, dtype, tolerance, watch):
+    student = make_student(make_teacher("qwen3").to(dtype), mixer=mixer)
+    m, x = hd.to_teachers_dtype(student).model.layers[0].self_attn, torch.randn(3, 90, 32).to(dtype)
+    mask, found, steps = torch.ones(3, 90, dtype=torch.bool), [], watch(hd, "gated_delta_step")
+    mask[0, :4] = mask[1, 70:] = False  # on the left, on the right
+    for gradients in (False, True):  # with them no step is taken
+        outputs, states, cache = [], [], DynamicCache()
+        with torch.set_grad_enabled(gradients):
+            for start, end in ((0, 1), (1, 89), (89, 90)):  # the first token and the last alone
+                how = {"padding_mask": mask[:, :end], CACHE: cache}
+                outputs.append(m(x[:, start:end], **how)[0])
+                states.append(hd.recurrent_state(cache, 0).S)
+        assert torch.equal(states[1][1], states[2][1]) and states[2].dtype == torch.float32
+        found.append((torch.cat(outputs, 1)[mask].float(), *states))
+    assert len(steps) == (2 if mixer == "gdn" else 0)
+    for a, b in zip(*found):
+        same(a, b, tolerance)
+    for row, real in ((0, x[:1, 4:]), (1, x[1:2, :70])):
+        m(real, **{CACHE: (alone := DynamicCache())})
+        same(states[2][row], hd.recurrent_state(alone, 0).S[0], tolerance)
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_keeping_every_layer_keeps_the_teacher(family):
@@ -562,7 +578,7 @@ def test_keeping_every_layer_keeps_the_teacher(family):
     before = weights(teacher)
     student = hd.transfer_attention(teacher, range(4))
     assert torch.equal(student(x).logits, teacher(x).logits)
-    assert hd.evaluate(student, teacher, {"text": [x]})["kl"] == 0.0
+    assert hd.evaluate(student, hd.TeacherPass(teacher), {"text": [x]})["kl"] == 0.0
     student = hd.transfer_attention(teacher)
     hybrid = hd.restore_attention(student, teacher, [2])
     assert hybrid.model.layers[2].self_attn.config is hybrid.config
@@ -570,6 +586,49 @@ def test_keeping_every_layer_keeps_the_teacher(family):
     assert not pointers[0] & pointers[1] | pointers[0] & pointers[2] | pointers[1] & pointers[2]
     assert equal(before, weights(teacher)) and type(teacher.config) is type(CONFIGS[family])
     assert not hasattr(teacher.config, "softmax_layers")
+
+def offload(model):
+    """As device_map does: weights are there within the forward of the module that has them."""
+    put = lambda module, parameters: module._parameters.update(parameters)
+    for module in model.modules():
+        there = dict(module.named_parameters(recurse=False))
+        gone = {name: torch.nn.Parameter(p.to("meta")) for name, p in there.items()}
+        module.register_forward_pre_hook(lambda m, args, there=there: put(m, there))
+        module.register_forward_hook(lambda m, args, out, gone=gone: put(m, gone))
+        put(module, gone)
+    return model
+
+@torch.no_grad()
+def test_an_offloaded_student_works_and_a_teacher_without_its_plain_weights_is_refused():
+    peft, Quantised = pytest.importorskip("peft"), type("Quantised", (torch.nn.Parameter,), {})
+    caches, student = [DynamicCache(), DynamicCache()], make_student(make_teacher(), [1])
+    for part in tokens(2, 9).split([7, 1, 1], dim=1):  # the last two by steps
+        both = zip((student, offload(copy.deepcopy(student))), caches)
+        assert torch.equal(*(m(part, **{CACHE: cache}).logits for m, cache in both))
+
+    adapt = lambda x, name: peft.inject_adapter_in_model(peft.LoraConfig(target_modules=[name]), x)
+    for sentence, spoil in (
+        ("q_proj.*merge adapters", lambda x: adapt(x, "q_proj")),
+        ("up_proj.*merge adapters", lambda x: adapt(x, "up_proj")),
+        ("norm.*quantis", lambda x: setattr(x.model.norm, "weight", Quantised(torch.ones(32)))),
+        ("offloaded: load it without device_map", lambda x: offload(x.model.layers[3].mlp)),
+    ):  # fmt: skip
+        spoil(teacher := make_teacher())
+        for use in (hd.transfer_attention, hd.TeacherPass):
+            with pytest.raises(hd.UserError, match=sentence):
+                use(teacher)
+
+def test_a_student_of_a_bf16_teacher_can_be_sharded(tmp_path, request):
+    student, x = make_student(make_teacher().bfloat16(), [1]), tokens(2, 9)
+    plain, where = copy.deepcopy(student), f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    request.addfinalizer(torch.distributed.destroy_process_group)
+    for part in (*student.model.layers, student):
+        hd.fully_shard(part)
+    for model in (student, plain):
+        model(x, labels=x, use_cache=False).loss.backward()
+    for a, b in zip(student.parameters(), plain.parameters(), strict=True):
+        same(a.grad.full_tensor(), b.grad, 1e-6)
 
 # ------------------------------------------------------------------------- hybrid model and cache
 
@@ -594,6 +653,9 @@ def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer,
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     padded = student(x, attention_mask=mask, position_ids=positions).logits
     same(padded[:1, 7:], student(x[:1, 7:]).logits)
+    for real in (1 + torch.arange(23) // 5, 255, -1, 0.5, True):  # any number that is not 0
+        masked = student(x, attention_mask=mask * real, position_ids=positions)
+        assert torch.equal(masked.logits, padded)
 
     how = dict(max_new_tokens=8, **GREEDY)
     alone = student.generate(x[:1, 7:], **how)[0, 16:]
@@ -605,24 +667,26 @@ def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer,
         beams = [student.generate(x, use_cache=use, **how).tolist() for use in (True, False)]
         assert beams[0] == beams[1]
 
-def test_caches_that_cannot_work_say_so(monkeypatch):
-    student, x = hd.transfer_attention(make_teacher(), [0]), tokens(1, 6)
+def test_what_cannot_work_says_so():
+    student, x, ends = make_student(make_teacher(), [0]), tokens(1, 6), torch.tensor([0, 2, 6])
     write = functools.partial(student.generate, x, max_new_tokens=2, **GREEDY)
     ours, theirs = (cache_of(m(x, use_cache=True)) for m in (student, make_teacher()))
+    static, paged = hd.transformers.StaticCache(student.config, 9), type("PagedCache", (), {})()
+    mixer = student.model.layers[1].self_attn
     for error, sentence, call in (
-        (hd.UserError, "cache_implementation", lambda: write(cache_implementation="static")),
+        (hd.UserError, "'dynamic'", lambda: write(cache_implementation="static")),
+        (hd.UserError, "'dynamic'", lambda: student(x, **{CACHE: static})),
+        (hd.UserError, "not a PagedCache", lambda: mixer(torch.ones(1, 6, 32), cache=paged)),
+        (hd.UserError, "'paged'", lambda: write(cache_implementation="paged")),
+        (hd.UserError, "assistant_early_exit", lambda: write(assistant_early_exit=2)),
         (hd.UserError, "another model", lambda: student(x, **{CACHE: theirs})),
         (hd.UserError, r"\[batch, tokens\]", lambda: student(x, attention_mask=x[None, None])),
+        (hd.UserError, "without one", lambda: student(x, attention_mask=x, cu_seq_lens_q=ends)),
+        (hd.UserError, "one packed row, not 2", lambda: student(tokens(2, 6), cu_seq_lens_q=ends)),
         (NotImplementedError, "cannot be rolled back", lambda: ours.crop(-2)),
     ):
         with pytest.raises(error, match=sentence):
             call()
-    forward = hd.GatedDeltaNet.forward
-    blind = lambda self, hidden_states, **others: forward(self, hidden_states)
-    monkeypatch.setattr(hd.GatedDeltaNet, "forward", blind)
-    with pytest.raises(RuntimeError, match="mixer of layer 1 was not given"):
-        write()
-    write(use_cache=False)
 
 @pytest.mark.parametrize("mixer", hd.MIXERS)
 @pytest.mark.parametrize("family", CONFIGS)
@@ -631,51 +695,108 @@ def test_packed_sequences_are_each_alone(family, mixer):
     student, x = make_student(make_teacher(family), [2], mixer), tokens(2, 23)
     positions = torch.cat([torch.arange(9), torch.arange(14)]).expand(2, -1)
     apart = torch.cat([student(x[:, :9]).logits, student(x[:, 9:]).logits], 1)
-    same(student(x, position_ids=positions, use_cache=False).logits, apart)
-    same(student(x, position_ids=positions[:1], use_cache=False).logits, apart)  # one row for all
-    ends = torch.tensor([0, 9, 23], dtype=torch.int32)
-    flash = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=14, max_length_k=14)
-    flash |= dict(use_cache=False, output_hidden_states=True)
-    found = [student(x[:1], **flash, **at) for at in (dict(position_ids=positions[:1]), {})]
-    same(found[0].logits, apart[:1])
-    same(*(out.hidden_states[2] for out in found))  # of two mixers, which need no positions
-    assert torch.equal(student(x, position_ids=torch.arange(23)[None]).logits, student(x).logits)
-    with pytest.raises(hd.UserError, match="use_cache=False"):
-        student(x, position_ids=positions, use_cache=True)
+    run, ends = functools.partial(student, use_cache=False), torch.tensor([0, 9, 23])
+    same(run(x, position_ids=positions).logits, apart)
+    same(run(x, position_ids=positions[:1]).logits, apart)  # one row for all
+    flash, plain = {"cu_seq_lens_k": ends.int(), "max_length_q": 14}, torch.arange(23)[None]
+    for more in ({}, flash, {"position_ids": positions[:1]}, {"position_ids": plain}):
+        same(run(x[:1], cu_seq_lens_q=ends.int(), **more).logits, apart[:1])
+    embeds = student.model.embed_tokens(x[:1])
+    same(student(inputs_embeds=embeds, cu_seq_lens_q=ends).logits, apart[:1])  # by default, too
+    assert torch.equal(student(x, position_ids=plain).logits, student(x).logits)
 
-@pytest.mark.parametrize("chunk", [None, 1, 7, 1000])
-def test_chunked_losses_match_the_plain_formulas(chunk):
+    student, more = make_student(make_teacher(family), (), mixer), tokens(2, 1)
+    packed, last = student(x, position_ids=positions, use_cache=True), student(x[:, 9:])
+    packed = student(more, position_ids=torch.tensor([[14]]), **{CACHE: cache_of(packed)})
+    same(packed.logits, student(more, **{CACHE: cache_of(last)}).logits)  # the last one goes on
+
+@pytest.mark.parametrize("chunk,dtype", [
+    (1, torch.float32), (7, torch.float32), (1000, torch.float32), (7, torch.float64),
+])  # fmt: skip
+def test_chunked_losses_match_the_plain_formulas(chunk, dtype):
     torch.manual_seed(0)
-    h_s, w_s = torch.randn(3, 11, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
-    h_t, w_t = torch.randn(3, 11, 24), torch.randn(50, 24)
+    how = dict(dtype=dtype, requires_grad=True)
+    h_s, w_s, h_t, w_t = (torch.randn(*n, D, **how) for D in (16, 24) for n in ((3, 11), (50,)))
     mask, labels = torch.rand(3, 11) < 0.5, tokens(3, 11) % 50
     log_p_s, log_p_t = (h_s @ w_s.T).log_softmax(-1), (h_t @ w_t.T).log_softmax(-1)
     kl = (log_p_t.exp() * (log_p_t - log_p_s)).sum(-1)
     ce = -log_p_s.gather(-1, labels[..., None])[..., 0]
+    known, some = labels > 9, labels.where(labels > 9, -100)  # as every collator writes them
 
     def with_gradients(loss):
+        assert loss.dtype == dtype
         return [loss, *torch.autograd.grad(3 * loss, [h_s, w_s], retain_graph=True)]
 
     for m, counted in ((None, torch.ones_like(mask)), (mask, mask)):
         for ours, plain in (
-            (hd.kl_loss(h_s, w_s, h_t, w_t, m, chunk=chunk), kl[counted].mean()),
-            (hd.cross_entropy_loss(h_s, w_s, labels, m, chunk=chunk), ce[counted].mean()),
+            (hd.kl_loss(h_s, w_s, h_t, w_t, m, chunk), kl[counted].mean()),
+            (hd.cross_entropy_loss(h_s, w_s, labels, m, chunk), ce[counted].mean()),
+            (hd.cross_entropy_loss(h_s, w_s, some, m, chunk), ce[counted & known].mean()),
         ):
             for a, b in zip(with_gradients(ours), with_gradients(plain)):
-                same(a, b, 2e-6)
-    empty = with_gradients(hd.kl_loss(h_s, w_s, h_t, w_t, torch.zeros(3, 11), chunk=chunk))
-    assert all(x.abs().max() == 0 for x in empty)
+                same(a, b, 2e-6 if dtype == torch.float32 else 1e-14)
+    for empty in (hd.kl_loss(h_s, w_s, h_t, w_t, torch.zeros(3, 11), chunk),
+                  hd.cross_entropy_loss(h_s, w_s, some.clamp(max=-100), None, chunk)):  # fmt: skip
+        assert all(x.abs().max() == 0 for x in with_gradients(empty))
     (first,) = torch.autograd.grad(hd.kl_loss(h_s, w_s, h_t, w_t) ** 2, h_s, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-    with pytest.raises(ValueError, match="share a vocabulary"):
-        hd.kl_loss(h_s, w_s, h_t, w_t[:40])
-    with pytest.raises(ValueError, match="mask must be"):
-        hd.kl_loss(h_s, w_s, h_t, w_t, torch.ones(3, 12), chunk=chunk)
-    with pytest.raises(ValueError, match="labels must be"):
-        hd.cross_entropy_loss(h_s, w_s, torch.zeros(3, 12, dtype=torch.long), chunk=chunk)
-    with pytest.raises(ValueError, match="bias"):
-        hd.kl_loss(h_s, torch.nn.Linear(8, 50), h_t, w_t)
+    for error, sentence, call in (
+        (RuntimeError, "once_differentiable", lambda: first.sum().backward()),
+        (ValueError, "share a vocabulary", lambda: hd.kl_loss(h_s, w_s, h_t, w_t[:40])),
+        (ValueError, "mask must be", lambda: hd.kl_loss(h_s, w_s, h_t, w_t, torch.ones(3, 12))),
+        (ValueError, "labels must be", lambda: hd.cross_entropy_loss(h_s, w_s, labels[:, 1:])),
+        (ValueError, "bias", lambda: hd.kl_loss(h_s, torch.nn.Linear(8, 50), h_t, w_t)),
+    ):
+        with pytest.raises(error, match=sentence):
+            call()
+
+@pytest.mark.parametrize("loss", [hd.kl_loss, hd.cross_entropy_loss])
+def test_a_loss_under_a_bf16_default_dtype_and_in_fp16_with_a_loss_scale(loss):
+    def run(dtype=torch.float32, scale=1.0):
+        torch.manual_seed(0)
+        x, W, t = (torch.randn(n, 16, dtype=torch.float32).to(dtype) for n in (16384, 256, 16384))
+        W, t = 0.3 * W, x + 0.1 * t  # two alike distributions: small gradients
+        value = loss(x.requires_grad_(), W, *((t, W) if loss is hd.kl_loss else [labels]))
+        (value * scale).backward()
+        return value.detach(), x.grad.float() / scale
+
+    labels = tokens(16384) % 256
+    with bf16_default():
+        default = run()
+    for right, a, b in zip(run(), default, run(torch.float16, 2.0**16)):
+        assert torch.equal(a, right) and (b - right).norm() < 2e-2 * right.norm()
+
+def test_where_the_compiler_fails_the_losses_run_without_it_and_say_so_once(monkeypatch, recwarn):
+    inputs, asked = (torch.randn(5, 7), torch.randn(5, 7), torch.rand(5)), []
+
+    def fail(*tensors):
+        asked.append(tensors)
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    plain, error = hd.kl_rows.__wrapped__, torch.OutOfMemoryError("of the GPU")
+    rows, OnGpu = hd.compiled(plain), type("OnGpu", (torch.Tensor,), {"is_cuda": True})
+    on_gpu = [x.as_subclass(OnGpu) for x in inputs]
+    rows(*inputs)
+    assert not asked  # on a CPU
+    with pytest.raises(torch.OutOfMemoryError):
+        rows(*on_gpu)
+    error = RuntimeError("no C compiler")
+    for a, b in zip([*rows(*on_gpu), *rows(*on_gpu)], 2 * plain(*inputs)):
+        assert torch.equal(a, b)
+    said = [str(w.message) for w in recwarn if "kl_rows runs uncompiled" in str(w.message)]
+    assert len(asked) == 2 and len(said) == 1 and "no C compiler" in said[0]
+
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+def test_the_losses_copy_out(loss):
+    (h, W), y = (torch.randn(9, 4), torch.randn(7, 4)), tokens(9) % 7
+    (named,) = re.findall(r"To copy it out take kl_rows, (.*) along", hd.kl_loss.__doc__)
+    names = f"{loss}_loss", f"{loss}_rows", *re.split(", | and ", named)
+    parts = [getattr(hd, name) for name in names]
+    alone = {name: getattr(hd, name) for name in ("torch", "F", "functools", "warnings")}
+    for part in sorted(parts, key=lambda part: inspect.getsourcelines(part)[1]):
+        exec(inspect.getsource(part), alone)
+    inputs = (h, W, h.flip(0), W) if loss == "kl" else (h, W, y)
+    assert torch.equal(alone[names[0]](*inputs), getattr(hd, names[0])(*inputs))
 
 # ----------------------------------------------------------------------------- stages, their recipe
 
@@ -1309,73 +1430,71 @@ def test_a_student_on_the_hub_loads(saved_student, tmp_path):
         assert needed - others <= {"torch", *sys.stdlib_module_names}, file
 
 def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path, monkeypatch):
+    from transformers import pipeline
+
     model, x, teacher = load(saved_student), tokens(1, 9), make_teacher("qwen3")
-    ours = hd.HYBRIDS[type(teacher)].from_pretrained(saved_student)  # not by the file beside it
-    assert equal(weights(ours), weights(model))
     model.config.use_cache = False
-    assert list(hd.mixers(model)) == [0, 2, 3] and hd.cache_bytes(model, 16) > 0
-    model.config.use_cache = True
-    assert hd.evaluate(model, teacher, {"text": [x]})["kl"] > 0
+    assert list(hd.mixers(model)) == [0, 2, 3] and hd.running_cost(model, 16)["cache_bytes"] > 0
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert torch.equal(load(tmp_path / "shards")(x).logits, model(x).logits)
-    half = load(saved_student, dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "half")
-    again = load(tmp_path / "half", dtype="auto")
-    assert torch.equal(again(x).logits, half(x).logits)
-    gates = [n for n, _ in model.named_parameters() if n.endswith(("A_log", "dt_bias"))]
-    assert len(gates) == 2 * 3
-    init = hd.GatedDeltaNet.init_gates  # as if it made the gates in the dtype of the model
-    made = lambda mixer, *sizes, **to: (init(mixer, *sizes, **to), mixer.bfloat16())
-    monkeypatch.setattr(hd.GatedDeltaNet, "init_gates", made)
-    ours = hd.HYBRIDS[type(teacher)].from_pretrained(saved_student, dtype=torch.bfloat16)
-    for n, m in itertools.product(gates, (again, ours)):
-        assert torch.equal(model.get_parameter(n), m.get_parameter(n)), n
-    with pytest.raises(ValueError, match="custom code"):
-        AutoModelForCausalLM.from_pretrained(saved_student, trust_remote_code=False)
-
-def test_a_student_that_would_load_with_other_mixers_is_refused(saved_student, tmp_path):
-    student = load(saved_student)
-    state = student.state_dict()
-    del state["model.layers.0.self_attn.A_log"]
-    student.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match="lacks 1 weights, model.layers.0.self_attn.A_log"):
-        load(tmp_path)
-    student = make_student(make_teacher(), [0, 1, 2])
-    student.model.layers[3].self_attn.__class__ = type("Mine", (hd.GatedDeltaNet,), {})
-    with pytest.raises(hd.UserError, match="Mine is not in the file"):
-        student.save_pretrained(tmp_path)
-
-def test_pipeline_writes_what_generate_writes(saved_student):
-    from transformers import pipeline
+    assert equal(weights(load(tmp_path / "shards")), weights(model))
+    assert hd.evaluate(model, hd.TeacherPass(teacher), {"text": [x]})["kl"] > 0
     write = pipeline("text-generation", model=str(saved_student), trust_remote_code=True)
     text = write("a prompt", max_new_tokens=8, do_sample=False)[0]["generated_text"]
     prompt = hd.byte_tokenizer()("a prompt", return_tensors="pt")
-    written = load(saved_student).generate(**prompt, max_new_tokens=8, do_sample=False)[0]
+    written = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
     assert text == hd.byte_tokenizer().decode(written)
 
-def test_compiled_in_one_graph(saved_student):
-    model, x = load(saved_student), tokens(2, 20)
+    for p in teacher.parameters():  # not the buffers, as in loading
+        p.data = p.data.bfloat16()
+    student, hybrid = make_student(teacher, [1]), hd.HYBRIDS[type(teacher)]
+    gates = {n: p for n, p in weights(student).items() if n.endswith(("A_log", "dt_bias"))}
+    student.save_pretrained(tmp_path / "fp32")
+    assert student.config.dtype == torch.bfloat16  # it may train on
+    hd.to_teachers_dtype(student).save_pretrained(tmp_path / "half")
+    again = load(tmp_path / "half", dtype="auto")
+    assert equal(weights(again), weights(student)) and again.dtype == torch.bfloat16
+    assert torch.equal(again(x).logits, student(x).logits)
+    add = hd.GatedDeltaNet.add_gates  # as if it made the gates in the dtype of the model
+    made = lambda mixer, *sizes, **to: (add(mixer, *sizes, **to), mixer.bfloat16())
+    monkeypatch.setattr(hd.GatedDeltaNet, "add_gates", made)
+    ours = hybrid.from_pretrained(tmp_path / "fp32", dtype=torch.bfloat16)  # not by the file there
+    for n, m in itertools.product(gates, (student, again, ours)):
+        assert torch.equal(gates[n], m.get_parameter(n)), n
+    with pytest.raises(ValueError, match="custom code"):
+        AutoModelForCausalLM.from_pretrained(saved_student, trust_remote_code=False)
+    state = weights(model)
+    del state["model.layers.0.self_attn.A_log"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match="lacks 1 weights.*layers.0.self_attn.A_log"):
+        load(tmp_path)
+
+def test_compiled_in_one_graph_and_with_another_attention(saved_student):
+    model, x, positions = load(saved_student), tokens(1, 20), torch.arange(20)[None]
     del model.model.layers[2:]  # one of each kind is left
-    compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
-    plain = model.model(input_ids=x, use_cache=False).last_hidden_state
-    same(compiled(input_ids=x, use_cache=False).last_hidden_state, plain)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for more in ({"position_ids": positions}, {"position_ids": positions % 8},
+                 {"attention_mask": positions > 3}, {"cu_seq_lens_q": torch.tensor([0, 8, 20])}):
+        same(*(run(x, use_cache=False, **more).logits for run in (compiled, model)))
+    plain, kept = model(x).logits, model.model.layers[1].self_attn.config
+    model.set_attn_implementation("eager")
+    assert kept._attn_implementation == "eager"
+    same(model(x).logits, plain)
 
 def test_trainer_takes_a_step_and_its_checkpoint_loads(saved_student, tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
-    ids = list(range(5, 30))
+    ids, model = list(range(5, 30)), load(saved_student)
     row = {"input_ids": ids, "labels": ids, "attention_mask": [0] * 3 + [1] * 22}
-    model = load(saved_student)
-    before = model.model.layers[0].self_attn.A_log.clone()
+    before = weights(model)
     how = dict(max_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2)
     names = ("activation_checkpointing", "gradient_checkpointing")  # renamed within transformers 5
     how[next(name for name in names if hasattr(TrainingArguments, name))] = True
-    args = TrainingArguments(tmp_path, **how)
-    trainer = Trainer(model=model, args=args, train_dataset=[row] * 2)
+    trainer = Trainer(model=model, args=TrainingArguments(tmp_path, **how), train_dataset=[row] * 2)
     assert math.isfinite(trainer.train().training_loss)
-    assert not torch.equal(before, model.model.layers[0].self_attn.A_log)
+    name = "model.layers.0.self_attn.A_log"
+    assert not torch.equal(before[name], model.get_parameter(name))
     trainer.save_model(tmp_path / "saved")
     assert equal(weights(load(tmp_path / "saved")), weights(model))
 
@@ -1383,10 +1502,11 @@ def test_lora_on_the_mixers_projections(saved_student):
     peft = pytest.importorskip("peft")
     targets = ["q_proj", "g_proj", "a_proj", "o_proj"]
     config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(load(saved_student), config)
+    model = peft.get_peft_model(student := load(saved_student), config)
     model(input_ids=tokens(1, 9), labels=tokens(1, 9)).loss.backward()
-    trained = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
-    assert any("layers.0.self_attn.g_proj.lora_B" in n for n in trained)
+    for name in targets:
+        adapter = student.model.layers[0].self_attn.get_submodule(name).lora_B["default"]
+        assert adapter.weight.grad.any(), name
 
 def test_needle_prompts_hold_their_answer():
     tokenizer, filler = hd.byte_tokenizer(), tokens(4000).numpy()
@@ -1396,13 +1516,12 @@ def test_needle_prompts_hold_their_answer():
         name = prompt.split("magic number for ")[-1].removesuffix(" is")
         assert f"The special magic number for {name} is{answer}." in prompt
         assert prompt.count("special magic number") == 4 + 2
-
-def test_needles_are_written_as_the_tokenizer_writes_them_behind_the_question():
+    # written as the tokenizer writes them behind the question
     encode = lambda text, **_: [len(word) % 7 for word in text.split(" ")] + [9] * text.count("7")
     ragged = types.SimpleNamespace(encode=encode, bos_token_id=None)  # a token more for every 7
     _, answers = hd.needle_prompts(ragged, np.arange(900), 1, 9, 90, hd.seeded("needle"))
     assert answers.shape[0] == 9 and answers[0, 0] == 5  # "12345" alone, without an empty word
-    assert hd.TokenCorpus(np.arange(99), 9, 0).recall(None) == {"recall": None, "needles": {}}
+    assert hd.Corpus(np.arange(99), 9, 0).recall(None) == {"recall": None, "needles": {}}
 
 def test_recall_counts_whole_answers():
     def generate(tokens, **how):  # the first token right, the second for every other prompt
