@@ -1098,7 +1098,7 @@ class Budget:
     def __post_init__(self):
         right = min(self.tokens, self.batch, self.length - 7) > 0 and 0 < self.lr < math.inf
         right = right and 0 <= self.rest_lr < math.inf
-        require(right, f"a stage needs tokens, a batch, length > 7, lr > 0, rest_lr >= 0, not {self}")
+        require(right, f"a stage wants tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
         self.steps = max(1, self.tokens // (self.batch * self.length))
 
 STAGES = "align", "select", "distill", "finetune"
@@ -1223,7 +1223,7 @@ class Corpus:
         ids = self.parts[part]
         require(len(ids) >= count * length, f"the {part} part has {len(ids)} tokens, too few for "
                 f"{count} sequences of {length}: more data, shorter or fewer ones")  # fmt: skip
-        starts = torch.randperm(len(ids) // length, generator=draw)[:count, None] * length
+        starts = torch.randperm(len(ids) // length, generator=draw)[:count, None].numpy() * length
         return {"text": torch.from_numpy(ids[starts + np.arange(length)].astype(np.int64))}
 
     def batches(self, stage: str, b: Budget):
@@ -1274,7 +1274,7 @@ class EmbeddedCorpus(Corpus):
         require(count > 1, "each half of a batch is of a kind: give a batch of 2 or more")
         n, pairs = count // 2, pairs or min(length // 4, 32)
         starts = torch.randint(len(self.parts[part]) - length, (count - n, 1), generator=draw)
-        text = torch.from_numpy(self.parts[part][starts + np.arange(length)])
+        text = torch.from_numpy(self.parts[part][starts.numpy() + np.arange(length)])
         known = recall_prompts(pairs, n, draw)[0][:, :-1].view(n, pairs, 2)
         rounds = -(-length // (2 * pairs))
         order = torch.rand(n, rounds, pairs, generator=draw).argsort(2).flatten(1)
@@ -1531,7 +1531,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         write(out / "report.json", json.dumps(report, indent=1))
         code = ("from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM."
                 f"from_pretrained({str(place)!r}, trust_remote_code=True)")  # fmt: skip
-        write(out / "report.md", f"{table(rows)}\nKL (nats) and perplexity: test part. cost: tokens "
+        write(out / "report.md", f"{table(rows)}\nKL (nats), perplexity: test part; cost: tokens "
               "that candidates trained on. Every student had the same stages 2 and 3.\n\n"
               f"{about}\n```python\n{code}\n```\n")  # fmt: skip
     return report
