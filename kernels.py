@@ -31,14 +31,11 @@ U~ = T V - T gamma K S_0. Here, with (I + M beta)^-1 = I + N beta, no T, W or U 
     X  = (I + N^T beta) dU~   so   dV = beta X,  dM = -dV U~^T,  dbeta = X.V~
 One N serves both directions; as V~ is kept, not U~, dbeta is a product, and beta may be 0.
 """
-import contextlib
 import functools
 import importlib.machinery
-import inspect
-import itertools
 import os
+import runpy
 import sys
-import timeit
 import warnings
 
 import torch
@@ -167,9 +164,8 @@ class ChunkedTorch(torch.autograd.Function):
 def torch_chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
                                  output_final_state=False,
                                  use_qk_l2norm_in_kernel=False):  # fmt: skip
-    """recurrent_gated_delta_rule in chunks, with the same arguments and returns: any device,
-    differentiable once. To copy it out take ChunkedTorch, l2norm and check_inputs along."""
-    check_inputs(q, k, v, g, beta, initial_state)
+    """recurrent_gated_delta_rule in chunks, with the same arguments and returns, without its
+    checks: any device, differentiable once. To copy it out take ChunkedTorch and l2norm along."""
     (B, T, _, Dk), (HV, Dv) = q.shape, v.shape[2:]
     dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
     C = min(64 if max(Dk, Dv) > 32 else 32, T)  # measured: small heads like small chunks
@@ -195,26 +191,20 @@ def torch_chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=Non
 # |q| and |k| are factors of rows: applied behind a product, never to q and k themselves.
 
 @jit
-def chunk_rows(table, c, tokens, C: constexpr):
+def chunk_rows(c, tokens, C: constexpr):
     """Chunk c: its first token (64-bit) and the rows from there to the end of its sequence."""
-    if table is not None:
-        return tl.load(table + 2 * c), tl.load(table + 2 * c + 1)
-    else:
-        s, n = c // tl.cdiv(tokens, C), c % tl.cdiv(tokens, C)
-        return s.to(tl.int64) * tokens + n * C, (tokens - n * C).to(tl.int64)
+    s, n = c // tl.cdiv(tokens, C), c % tl.cdiv(tokens, C)
+    return s.to(tl.int64) * tokens + n * C, (tokens - n * C).to(tl.int64)
 
 @jit
-def walk(S0, table, tokens, HV: constexpr, DK: constexpr, DV: constexpr, BK: constexpr,
-         BV: constexpr, C: constexpr):  # fmt: skip
+def walk(S0, tokens, HV: constexpr, DK: constexpr, DV: constexpr, BK: constexpr, BV: constexpr,
+         C: constexpr):  # fmt: skip
     """This program's state S0 (or zero), its first column, number, head; first token, length and
     first chunk of its sequence. One axis of the grid for all of them: a second ends at 65,535."""
     tiles: tl.constexpr = (DV + BV - 1) // BV
     state = (tl.program_id(0) // tiles).to(tl.int64)
     v0, s, h = tl.program_id(0) % tiles * BV, state // HV, state % HV
     start, length, first = s * tokens, tokens.to(tl.int64), s * tl.cdiv(tokens, C)
-    if table is not None:
-        x = table + 3 * s
-        start, length, first = tl.load(x), tl.load(x + 1), tl.load(x + 2)
     S = tl.zeros([BK, BV], tl.float32)
     if S0 is not None:
         S += load_tile(S0 + state * DK * DV, DK, v0, DV, DV, BK, BV)
@@ -294,14 +284,12 @@ def product(a, b, acc, dt: constexpr):
 # ------------------------------------------------------------------- Triton: the kernels
 
 @jit
-def prepare_kernel(q, k, g, beta, NP, factors, table, tokens, scale, H: constexpr, HV: constexpr,
+def prepare_kernel(q, k, g, beta, NP, factors, tokens, scale, H: constexpr, HV: constexpr,
                    DK: constexpr, C: constexpr, BK: constexpr, NORM: constexpr):  # fmt: skip
     """What a chunk knows without the state. Grid (chunks, HV). Writes NP [chunks, HV, 2, C, C]
     (N, P) and factors [chunks, HV, 5, C] (fq, fk, fr, beta, gamma_C)."""
     c, h, r = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
-    token, left = chunk_rows(table, c, tokens, C)
-    if left <= 0:
-        return
+    token, left = chunk_rows(c, tokens, C)
     chunk, at, at_k = c.to(tl.int64) * HV + h, token * HV + h, (token * H + h // (HV // H)) * DK
     dt = k.dtype.element_ty
     # 1. factors of rows: fq = scale gamma / |q|, fk = gamma / |k|, fr = gamma_C / gamma / |k|,
@@ -347,13 +335,13 @@ def prepare_kernel(q, k, g, beta, NP, factors, table, tokens, scale, H: constexp
     store_tile(NP + 2 * chunk * C * C, bN, C, 0, C, C)
 
 @jit
-def forward_kernel(q, k, v, NP, factors, S0, o, S_out, error, states, table, tokens, H: constexpr,
+def forward_kernel(q, k, v, NP, factors, S0, o, S_out, error, states, tokens, H: constexpr,
                    HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr,
                    BV: constexpr):  # fmt: skip
     """The walk over the chunks of one sequence; nothing but the state is carried.
     Grid (Dv / BV * sequences * HV): columns of S never meet. Writes o and the final state; for a
     backward pass also the error V~ and states [chunks, HV, Dk, Dv], S_0 of each chunk."""
-    S, v0, state, h, start, length, first = walk(S0, table, tokens, HV, DK, DV, BK, BV, C)
+    S, v0, state, h, start, length, first = walk(S0, tokens, HV, DK, DV, BK, BV, C)
     dt = k.dtype.element_ty
     for n in range(tl.cdiv(length, C)):
         token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
@@ -379,12 +367,12 @@ def forward_kernel(q, k, v, NP, factors, S0, o, S_out, error, states, table, tok
     store_tile(S_out + state * DK * DV, S, DK, v0, DV, DV)
 
 @jit
-def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, table, tokens,
-                          H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr,
-                          BK: constexpr, BV: constexpr):  # fmt: skip
+def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, tokens, H: constexpr,
+                          HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr,
+                          BV: constexpr):  # fmt: skip
     """The walk back over the chunks. Grid (Dv / BV * sequences * HV). Writes X, the gradient
     dstates of the state at the end of each chunk, and that of the initial state if there is one."""
-    dS, v0, state, h, start, length, first = walk(dS_out, table, tokens, HV, DK, DV, BK, BV, C)
+    dS, v0, state, h, start, length, first = walk(dS_out, tokens, HV, DK, DV, BK, BV, C)
     dt = k.dtype.element_ty
     for m in range(tl.cdiv(length, C)):
         n = tl.cdiv(length, C) - 1 - m
@@ -410,9 +398,8 @@ def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, table,
 
 @jit
 def backward_chunk_kernel(q, k, g, factors, do, error, X, states, dstates, dq, dk, dv, dg, dbeta,
-                          table, tokens, scale, H: constexpr, HV: constexpr, DK: constexpr,
-                          DV: constexpr, C: constexpr, BK: constexpr, BV: constexpr,
-                          NORM: constexpr):  # fmt: skip
+                          tokens, scale, H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr,
+                          C: constexpr, BK: constexpr, BV: constexpr, NORM: constexpr):  # fmt: skip
     """The gradients of one chunk, given its state, the gradient of its last state, V~ and X.
 
     With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, where Q.dQ = rows(E) + Q.Y and
@@ -420,9 +407,7 @@ def backward_chunk_kernel(q, k, g, factors, do, error, X, states, dstates, dq, d
     Y, Z, R are held as [Dk, C]: so the left factor of every product is a tile that was loaded; one
     computed in registers is what Triton 3.4 - 3.7.0 gets wrong on Hopper."""
     c, h, r = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
-    token, left = chunk_rows(table, c, tokens, C)
-    if left <= 0:
-        return
+    token, left = chunk_rows(c, tokens, C)
     chunk, at, at_k = c.to(tl.int64) * HV + h, token * HV + h, (token * H + h // (HV // H)) * DK
     dt = k.dtype.element_ty
     bq = load_tile(q + at_k, left, 0, H * DK, DK, C, BK)
@@ -549,30 +534,30 @@ def tiles(H, HV, Dk, Dv, dtype, device):
         by_chunk["maxnreg"] = 168  # three programs share a multiprocessor, not two
     return by_chunk, {**by_sequence, "num_stages": 2}, by_block
 
-def launch_forward(inputs, others, scale, norm, keep, launch=True):
-    """q, k, v, g, beta; S0 or None and packed_tables or None -> o, final state, N and P, factors;
-    V~ and the states too if a backward is to come (keep). Contiguous inputs; q, k, v of one dtype,
-    the rest fp32. launch=False: all of it empty, for torch.compile."""
-    (q, k, v, g, beta), (S0, sequences, chunks) = inputs, others
+def launch_forward(inputs, S0, scale, norm, keep, launch=True):
+    """q, k, v, g, beta; S0 or None -> o, final state, N and P, factors; V~ and the states too if a
+    backward is to come (keep). Contiguous inputs; q, k, v of one dtype, the rest fp32.
+    launch=False: all of it empty, for torch.compile."""
+    q, k, v, g, beta = inputs
     B, T, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
     C = chunk_length(Dk, q.dtype)
-    count = B * (-(-T // C)) if chunks is None else len(chunks)
-    o, S = torch.empty_like(v), g.new_empty(B if sequences is None else len(sequences), HV, Dk, Dv)
+    count = B * (-(-T // C))
+    o, S = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv)
     NP, factors = q.new_empty(count, HV, 2, C, C), g.new_empty(count, HV, 5, C)
     kept = [torch.empty_like(v), q.new_empty(count, HV, Dk, Dv)] if keep else []
     if launch:
         how, walks, _ = tiles(H, HV, Dk, Dv, q.dtype, q.device)
         how = {**how, "NORM": norm}
-        grid = (-(-Dv // walks["BV"]) * len(S) * HV,)
+        grid = (-(-Dv // walks["BV"]) * B * HV,)
         writes = o, S, *(kept or (None, None))
         with torch.cuda.device_of(q):
-            prepare_kernel[count, HV](q, k, g, beta, NP, factors, chunks, T, scale, **how)
-            forward_kernel[grid](q, k, v, NP, factors, S0, *writes, sequences, T, **walks)
+            prepare_kernel[count, HV](q, k, g, beta, NP, factors, T, scale, **how)
+            forward_kernel[grid](q, k, v, NP, factors, S0, *writes, T, **walks)
     return [o, S, NP, factors, *kept]
 
-def launch_backward(inputs, others, scale, norm, count, launch=True):
+def launch_backward(inputs, dS, scale, norm, count, launch=True):
     """-> gradients of q, k, v, g, beta and of `count` initial states (0: there were none)."""
-    (q, k, g, NP, factors, error, states, do), (dS, sequences, chunks) = inputs, others
+    q, k, g, NP, factors, error, states, do = inputs
     B, T, H, Dk, HV, Dv = *q.shape, *error.shape[2:]
     dtype = q.dtype if H == HV else torch.float32
     X, dv, dg, dbeta = (torch.empty_like(x) for x in (error, error, g, g))
@@ -580,12 +565,12 @@ def launch_backward(inputs, others, scale, norm, count, launch=True):
     dq, dk = outputs = [q.new_empty(B, T, HV, Dk, dtype=dtype) for _ in range(2)]
     if launch:
         _, walks, how = tiles(H, HV, Dk, Dv, q.dtype, q.device)
-        grid = (-(-Dv // walks["BV"]) * (B if sequences is None else len(sequences)) * HV,)
-        last = dS0 if count else None, sequences, T
+        grid = (-(-Dv // walks["BV"]) * B * HV,)
+        last = dS0 if count else None, T
         reads, writes = (q, k, g, factors, do, error, X, states, dstates), (dq, dk, dv, dg, dbeta)
         with torch.cuda.device_of(q):
             backward_state_kernel[grid](q, k, NP, factors, do, dS, X, dstates, *last, **walks)
-            backward_chunk_kernel[len(NP), HV](*reads, *writes, chunks, T, scale, NORM=norm, **how)
+            backward_chunk_kernel[len(NP), HV](*reads, *writes, T, scale, NORM=norm, **how)
     if H != HV:  # value heads that share a key head
         outputs = [x.unflatten(2, (H, HV // H)).sum(3).to(q.dtype) for x in outputs]
     return [*outputs, dv, dg, dbeta, dS0]
@@ -593,7 +578,7 @@ def launch_backward(inputs, others, scale, norm, count, launch=True):
 # The same as custom ops for torch.compile; eager PyTorch calls the functions, which is quicker. One
 # namespace per module: a saved checkpoint brings its own copy of this file.
 OPS = "hybrid_distill_" + "".join(c if c.isalnum() else "_" for c in __name__)
-SCHEMA = "(Tensor[] inputs, Tensor?[] others, float scale, bool norm, SymInt n) -> Tensor[]"
+SCHEMA = "(Tensor[] inputs, Tensor? S, float scale, bool norm, SymInt n) -> Tensor[]"
 op = functools.partial(torch.library.custom_op, mutates_args=(), schema=SCHEMA)
 forward_op = op(OPS + "::forward", launch_forward)
 backward_op = op(OPS + "::backward", launch_backward)
@@ -604,11 +589,10 @@ class ChunkedTriton(torch.autograd.Function):
     """The Triton kernels behind autograd: arguments of launch_forward -> o, final state."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, S0, sequences, chunks, scale, norm, keep):
+    def forward(ctx, q, k, v, g, beta, S0, scale, norm, keep):
         launch = forward_op if torch.compiler.is_compiling() else launch_forward
-        x = [q, k, v, g, beta]
-        o, S, *kept = launch(x, [S0, sequences, chunks], scale, norm, keep)
-        ctx.save_for_backward(q, k, g, *kept, sequences, chunks)
+        o, S, *kept = launch([q, k, v, g, beta], S0, scale, norm, keep)
+        ctx.save_for_backward(q, k, g, *kept)
         ctx.options = scale, norm, 0 if S0 is None else len(S0)
         return o, S
 
@@ -617,31 +601,16 @@ class ChunkedTriton(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise RuntimeError("the chunked gated delta rule has no second derivative")
         launch = backward_op if torch.compiler.is_compiling() else launch_backward
-        *kept, sequences, chunks = ctx.saved_tensors
-        others = [dS.contiguous(), sequences, chunks]
-        *grads, dS0 = launch([*kept, do.contiguous()], others, *ctx.options)
-        return *grads, dS0 if ctx.options[-1] else None, None, None, None, None, None
+        inputs = [*ctx.saved_tensors, do.contiguous()]
+        *grads, dS0 = launch(inputs, dS.contiguous(), *ctx.options)
+        return *grads, dS0 if ctx.options[-1] else None, None, None, None
 
-def packed_tables(cu_seqlens, T, C):
-    """-> sequences [N, 3]: first token, length, first chunk; chunks [.., 2]: first token, rows
-    left. There are spare chunks with no rows left: their number must not wait for the GPU."""
-    start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    count = (length + C - 1) // C
-    first = count.cumsum(0) - count
-    c = torch.arange(T // C + len(start), device=start.device)
-    s = torch.searchsorted(first + count, c, right=True).clamp(max=len(start) - 1)
-    token = start[s] + (c - first[s]) * C
-    chunks = torch.stack([token, start[s] + length[s] - token], 1)
-    return torch.stack([start, length, first], 1), chunks
-
-def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm, cu_seqlens=None):
+def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm):
     """The rule on the Triton kernels, without its checks."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     inputs = q, k, v, g.float(), beta.float(), None if S0 is None else S0.float()
     inputs = [None if x is None else x.contiguous() for x in inputs]
-    C = chunk_length(q.shape[3], q.dtype)
-    tables = (None, None) if cu_seqlens is None else packed_tables(cu_seqlens, q.shape[1], C)
-    o, S = ChunkedTriton.apply(*inputs, *tables, scale, norm, wants_grad(*inputs))
+    o, S = ChunkedTriton.apply(*inputs, scale, norm, wants_grad(*inputs))
     return o, S if keep_state else None
 
 def wants_grad(*tensors):
@@ -728,34 +697,30 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
         warnings.warn(f"kernels.py: the slower PyTorch backend runs on {device}: {reason}")  # once
     return "torch" if reason else "triton"
 
-def check_inputs(q, k, v, g, beta=None, initial_state=None, cu_seqlens=None):
+def check_inputs(q, k, v, g, beta=None, initial_state=None):
     """Raise ValueError, in one sentence, where shapes do not fit (many would broadcast to a wrong
-    answer), g is above 0 (read on a CPU only: a GPU would have to be waited for) or cu_seqlens does
-    not rise from 0 to T (read once per tensor). No beta: GLA. torch.compile reads no values."""
+    answer) or g is above 0 (read on a CPU only: a GPU would have to be waited for; not in
+    torch.compile). No beta: GLA."""
     if q.ndim != 4 or v.ndim != 4 or 0 in (*q.shape, *v.shape):
         raise ValueError(f"q and v must be [B, T, H, D], not empty: {[*q.shape]}, {[*v.shape]}")
     (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
     if HV % H or beta is None and HV != H:
         raise ValueError(f"the {HV} heads of v must be a multiple of the {H} of q (in GLA as many)")
-    if cu_seqlens is not None and (B != 1 or cu_seqlens.ndim != 1):
-        raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} must be [N + 1], and B = 1, not {B}")
-    N, gate = B if cu_seqlens is None else len(cu_seqlens) - 1, [B, T, HV]
-    wanted = dict(k=[B, T, H, Dk], v=[*gate, Dv], g=gate, beta=gate, initial_state=[N, HV, Dk, Dv])
+    gate = [B, T, HV]
+    wanted = dict(k=[B, T, H, Dk], v=[*gate, Dv], g=gate, beta=gate, initial_state=[B, HV, Dk, Dv])
     wanted["g"] = gate if beta is not None else [*gate, Dk]
     for (name, shape), x in zip(wanted.items(), (k, v, g, beta, initial_state)):
         if x is not None and list(x.shape) != shape:
             raise ValueError(f"{name} must be {shape} for q {list(q.shape)}, not {list(x.shape)}")
-    if torch.compiler.is_compiling():
-        return
-    if g.device.type == "cpu" and (g > 0).any():
+    if g.device.type == "cpu" and not torch.compiler.is_compiling() and (g > 0).any():
         raise ValueError("g must be <= 0: it is the log of a decay")
-    seen = None if cu_seqlens is None or cu_seqlens.is_inference() else (cu_seqlens._version, T)
-    if cu_seqlens is None or seen and getattr(cu_seqlens, "boundaries_seen", None) == seen:
-        return
-    ends = cu_seqlens.tolist()
-    if ends[:1] != [0] or ends[-1] != T or any(a >= b for a, b in zip(ends, ends[1:])):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, not {str(ends)[:100]}")
-    cu_seqlens.boundaries_seen = seen
+
+def decay_between(g, cu_seqlens, *state):
+    """g [1, T, ...], -inf where a sequence begins: S decays before it is read, this empties it."""
+    if len(g) != 1 or cu_seqlens.ndim != 1 or any(state):
+        raise ValueError("cu_seqlens [N + 1] packs one row (B = 1), with no state before or after: "
+                         f"not {list(cu_seqlens.shape)} and B = {len(g)}")  # fmt: skip
+    return g.index_fill(1, cu_seqlens[1:-1].long(), -torch.inf)
 
 def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
                            output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None,
@@ -764,13 +729,15 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
 
     q, k and v are brought to one dtype, gates and state to fp32; in PyTorch all to fp64 if one of
     q, k, v is. cu_seqlens [N + 1]: N sequences packed in one row (B = 1), sequence n from
-    cu_seqlens[n] to cu_seqlens[n + 1]; then the states are [N, HV, Dk, Dv]. backend: "auto",
+    cu_seqlens[n] to cu_seqlens[n + 1], whose states are neither given nor kept. backend: "auto",
     "torch", "triton". use_cache and output_router_logits, of transformers' Qwen3-Next, do nothing.
     For a backward Triton keeps N, P, V~ and each chunk's state: 2 C + Dv + Dk Dv / C numbers a
     token and head. In fp16, with the norm, zero or very short q and k (1e-4) overflow: prefer bf16.
     ValueError for inputs that do not fit, RuntimeError if backend="triton" is not possible.
     Source: [1], [2]; names and layout of fla.ops.gated_delta_rule.chunk_gated_delta_rule [3]."""
-    check_inputs(q, k, v, g, beta, initial_state, cu_seqlens)
+    check_inputs(q, k, v, g, beta, initial_state)
+    if cu_seqlens is not None:
+        g = decay_between(g, cu_seqlens, initial_state is not None, output_final_state)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -778,20 +745,9 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
     heads = (range(n).stop for n in (q.shape[2], v.shape[2], q.shape[3], v.shape[3]))
     backend = pick_backend(backend, str(q.device), dtype, *heads)
     q, k, v = (x.to(dtype) for x in (q, k, v))
+    rule = triton_chunk_gated_delta_rule if backend == "triton" else torch_chunk_gated_delta_rule
     options = scale, initial_state, output_final_state, use_qk_l2norm_in_kernel
-    if backend == "triton":
-        return triton_chunk_gated_delta_rule(q, k, v, g, beta, *options, cu_seqlens)
-    if cu_seqlens is None:
-        return torch_chunk_gated_delta_rule(q, k, v, g, beta, *options)
-    return one_by_one(torch_chunk_gated_delta_rule, (q, k, v, g, beta), cu_seqlens, *options)
-
-def one_by_one(rule, rows, cu_seqlens, scale, S, keep_state, *options):
-    """-> o, final states of the rule on each sequence of a packed row."""
-    lengths = cu_seqlens.diff().tolist()
-    states = [None] * len(lengths) if S is None else S.split(1)
-    rows = zip(*(x.split(lengths, 1) for x in rows))
-    o, S = zip(*(rule(*x, scale, s, True, *options) for x, s in zip(rows, states)))
-    return torch.cat(o, 1), torch.cat(S) if keep_state else None
+    return rule(q, k, v, g, beta, *options)
 
 # ------------------------------------------------------------------- one token of a Gated DeltaNet
 
@@ -869,10 +825,9 @@ def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=Fal
     So blocks of 1, 2, 4, ... C/2 tokens are read by the block behind them, m the end of the first.
     Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as in
     chunk_gated_delta_rule."""
-    check_inputs(q, k, v, g, None, initial_state, cu_seqlens)
+    check_inputs(q, k, v, g, None, initial_state)
     if cu_seqlens is not None:
-        options = scale, initial_state, output_final_state
-        return one_by_one(chunk_gla, (q, k, v, g), cu_seqlens, *options)
+        g = decay_between(g, cu_seqlens, initial_state is not None, output_final_state)
     (B, T, H, Dk), Dv, dtype = q.shape, v.shape[-1], v.dtype
     C = min(64, 1 << (T - 1).bit_length())  # a power of two
     work = torch.promote_types(q.dtype, torch.float32)
@@ -907,83 +862,7 @@ def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=Fal
     o = o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].to(dtype)
     return o, S if output_final_state else None
 
-# ------------------------------------------------------------------- python kernels.py
-
-def check(device):
-    """Print the largest error of every backend there is -> are all within their limits?"""
-    print("Largest error against the fp64 recurrence: o, final state, six gradients, fused step")
-    cases, good = [("torch", torch.float32)], True
-    if why_not_triton(device, torch.float32, 2, 4, 64, 64) is None:  # the interpreter lacks bf16
-        cases += [("triton", x) for x in LIMITS if device == "cuda" or x == torch.float32]
-    sizes = (1, 64, 64), (75, 60, 100), (200, 64, 64), (200, 128, 128)
-    kinds = "random", "identical", "underflow"
-    for (backend, dtype), (T, Dk, Dv), kind in itertools.product(cases, sizes, kinds):
-        inputs = example(2, T, 2, 4, Dk, Dv, kind, dtype, device)
-        found = torch.tensor(errors(chunk_gated_delta_rule, inputs, backend=backend))
-        verdict = "" if (found < LIMITS[dtype]).all() else "EXCEEDS ITS LIMIT"  # NaN too
-        case = f"{backend:6} {str(dtype)[6:]:8} T={T:<3} d={Dk},{Dv:<3} {kind:9}"
-        print(f"  {case} {found.max():.0e} {verdict}", flush=True)
-        good = good and not verdict
-    return good
-
-def benchmark(device):
-    """Print what the rule and, on a GPU, kl_loss take, beside a peer that is installed."""
-    rules, losses, T, dtype = {"ours": chunk_gated_delta_rule}, {}, 16_384, torch.float32
-    shapes = [(4, 512, 4, 32), (1, 2048, 8, 64), (1, 4096, 4, 128), (16, 256, 4, 32)]
-    if device == "cuda":
-        hd = importlib.import_module("hybrid_distill")  # an `import` is asked of a student's user
-        losses["ours"] = lambda *x: [hd.kl_loss(*x)]
-        dtype = torch.bfloat16
-        shapes = [(6, n, 16, d) for d in (64, 128) for n in (4096, T, 2 * T)]
-        shapes += [(8, 512, 9, 64), (32, 1024, 9, 64), (1, 2 * T, 16, 64)]
-        with contextlib.suppress(ImportError):
-            fla = importlib.import_module("fla.ops.gated_delta_rule")
-            rules["FLA"] = fla.chunk_gated_delta_rule
-        with contextlib.suppress(ImportError):  # 0.0 is KL(teacher || student)
-            liger = importlib.import_module("liger_kernel.transformers")
-            losses["Liger"] = lambda *x: [liger.LigerFusedLinearJSD(0.0)(*x, None)]
-    else:
-        with contextlib.suppress(ImportError):
-            qwen = "transformers.models.qwen3_next.modeling_qwen3_next"
-            qwen = importlib.import_module(qwen)
-            rules["transformers"] = inspect.unwrap(qwen.torch_chunk_gated_delta_rule)
-    print("\nmilliseconds                  of             forward  + backward  peak GiB")
-    for (B, n, H, d), (name, rule) in itertools.product(shapes, rules.items()):
-        x = [y.requires_grad_() for y in example(B, n, H, H, d, d, "random", dtype, device)[:5]]
-        rule = functools.partial(rule, use_qk_l2norm_in_kernel=True)
-        report(f"B={B} T={n} H={H} d={d}", name, rule, x, x)
-    for (D, V), name in itertools.product(((576, 49_152), (2048, 128_256)), losses):
-        x = [torch.randn(n, D, device=device, dtype=dtype) for n in (T, V, T, V)]
-        trained = [y.requires_grad_() for y in x[:2]]
-        report(f"KL T={T} D={D} V={V}", name, losses[name], x, trained)
-
-def report(case, name, function, inputs, trained):
-    """Print a line: median milliseconds forward, with backward; on a GPU the peak of memory."""
-    def both():
-        o = function(*inputs)[0]
-        torch.autograd.grad(o, trained, torch.ones_like(o))
-
-    def median(run):
-        if inputs[0].is_cuda:
-            return triton.testing.do_bench(run, return_mode="median")
-        return sorted(1e3 * x for x in timeit.repeat(run, number=1, repeat=7))[3]
-
-    both()  # compiles
-    before = torch.cuda.memory_allocated()
-    if inputs[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    both()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    forward = median(functools.partial(torch.no_grad()(function), *inputs))
-    print(f"{case:29} {name:12} {forward:9.3f} {median(both):10.3f} {peak:9.2f}", flush=True)
-
-def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    chip = torch.cuda.get_device_name() if device == "cuda" else torch.get_num_threads()
-    print(f"{device}, {chip}; torch {torch.__version__}, triton {triton and triton.__version__}")
-    good = check(device)
-    benchmark(device)
-    sys.exit(0 if good else "an error exceeds its limit")
+# ------------------------------------------------------------------- as a module, as a command
 
 def __getattr__(name):
     """What this file lacks, from PyPI's package `kernels` if installed: transformers, which wants
@@ -999,4 +878,7 @@ def __getattr__(name):
     return getattr(importlib.import_module("kernels.__init__"), name)  # its __init__.py
 
 if __name__ == "__main__":
-    main()
+    benchmark = os.path.join(os.path.dirname(os.path.realpath(__file__)), "assets", "benchmark.py")
+    if not os.path.exists(benchmark):
+        sys.exit(f"the checks and the benchmark are not here but in {benchmark}: see the repository")
+    runpy.run_path(benchmark, run_name="__main__")

@@ -171,34 +171,27 @@ def test_pytorch_ignores_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, plain, run_rule(*inputs, rule)))
 
-def check_packed(limit, inputs, rule=rule, truth=kernels.recurrent_gated_delta_rule, **options):
+def check_packed(limit, inputs, rule=rule, truth=RULES["recurrent"], **options):
     """Three sequences in one row, cu_seqlens strided on purpose: each is what it is alone."""
-    *rows, S = inputs
-    packed = torch.tensor([0, 1, 66, 130], device=S.device).repeat_interleave(2)[::2]
-    inputs = [*(x[:1] for x in rows), torch.cat([S, S.flip(2)])[:3]]
+    inputs = [x[:1] for x in inputs[:5]]
+    ends = torch.tensor([0, 1, 66, 130], device=inputs[0].device).repeat_interleave(2)[::2]
+
+    def packed(*x):
+        return rule(*x, None, None, False, True, cu_seqlens=ends, **options)
 
     def alone(*x):
-        rows = zip(*(row.split([1, 65, 64], 1) for row in x[:5]))
-        parts = [truth(*row, x[5], S, *x[7:]) for row, S in zip(rows, x[6].split(1))]
-        return tuple(torch.cat(y, dim) for dim, y in zip((1, 0), zip(*parts)))
+        rows = zip(*(y.split([1, 65, 64], 1) for y in x))
+        return [torch.cat([truth(*y, None, None, False, True)[0] for y in rows], 1)]
 
-    found = kernels.everything(rule, inputs, cu_seqlens=packed, **options)
-    wanted = kernels.everything(alone, [x.double() for x in inputs])
-    for name, x, y in zip(kernels.NAMES, found, wanted):
+    exact = [x.double() for x in inputs]
+    found = packed(*inputs)[0], *gradients(packed, inputs)
+    wanted = alone(*exact)[0], *gradients(alone, exact)
+    for name, x, y in zip(("o", "dq", "dk", "dv", "dg", "dbeta"), found, wanted):
         assert (x - y).norm() <= limit * y.norm(), name
+    assert not found[4][:, [1, 66]].any()  # nothing before a sequence decays
 
 def test_packed_sequences_do_not_leak():
     check_packed(1e-5, kernels.example(2, 130, 1, 2, 16, 16), backend="torch")
-
-def test_boundaries_are_read_once_a_tensor(watch):
-    inputs, ends = kernels.example(1, 9, 1, 1, 16, 16)[:5], torch.tensor([0, 4, 9])
-    reads = watch(torch.Tensor, "tolist")
-    for _ in range(3):
-        kernels.check_inputs(*inputs, None, ends)
-    assert len(reads) == 1
-    ends[1] = 0
-    with pytest.raises(ValueError, match="must rise"):
-        kernels.check_inputs(*inputs, None, ends)
 
 @interpreted
 @pytest.mark.parametrize(
@@ -322,13 +315,15 @@ def test_auto_takes_triton_on_the_gpu(recwarn):
      ({x: torch.zeros(1, 2, 8, 16) for x in "qkv"}, r"g must be \[1, 2, 8\]"),
      (dict(g=torch.full((1, 8, 2), 0.1)), "g must be <= 0"),
      (dict(initial_state=torch.zeros(1, 2, 16, 8)), "initial_state must be"),
-     (dict(cu_seqlens=torch.tensor([0, 5])), "must rise from 0 to T = 8"),
+     (dict(cu_seqlens=torch.tensor([[0, 8]])), r"not \[1, 2\] and B = 1"),
+     (dict(cu_seqlens=torch.tensor([0, 8]), output_final_state=True), "no state before or after"),
      (dict(backend="cuda"), "backend"), (dict(backend="triton"), "is not possible"),
      (dict(inital_state=None), "inital_state")],
 )  # fmt: skip
 def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
     inputs = dict(zip(("q", "k", "v", "g", "beta"), kernels.example(1, 8, 2, 2, 16, 16)))
-    for wrong in [rule] if {"cu_seqlens", "backend"} & change.keys() else RULES.values():
+    alone = {"cu_seqlens", "backend"} & change.keys()
+    for wrong in (rule,) if alone else (rule, RULES["recurrent"]):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=sentence):
             wrong(**{**inputs, **change})
 
@@ -337,17 +332,19 @@ def test_the_rules_share_one_signature():
     assert one == two == chunk[: len(one)]
 
 def test_the_chunked_pytorch_copies_out():
-    names = "l2norm", "check_inputs", "ChunkedTorch", "torch_chunk_gated_delta_rule"
+    names = "l2norm", "ChunkedTorch", "torch_chunk_gated_delta_rule"
     alone = {"torch": torch, "F": F}
     exec("\n".join(inspect.getsource(getattr(kernels, name)) for name in names), alone)
     right(kernels.example(1, 70, 1, 2, 16, 24), 1e-5, alone["torch_chunk_gated_delta_rule"])
 
-def test_python_kernels_fails_where_an_error_exceeds_its_limit(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "benchmark", print)
+def test_python_kernels_fails_where_an_error_exceeds_its_limit(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(kernels.LIMITS, torch.float32, 1e-9)
     with pytest.raises(SystemExit, match="an error exceeds its limit"):
-        kernels.main()
+        runpy.run_path(HERE / "kernels.py", run_name="__main__")
     assert "EXCEEDS ITS LIMIT" in capsys.readouterr().out
+    shutil.copy(HERE / "kernels.py", tmp_path)  # as in a saved student
+    with pytest.raises(SystemExit, match="are not here"):
+        runpy.run_path(tmp_path / "kernels.py", run_name="__main__")
 
 def test_qwen3_next_of_transformers_runs_on_these_kernels(monkeypatch):
     qwen3_next = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
@@ -409,6 +406,9 @@ def test_gla_packed_and_of_wrong_shapes():
         for wrong in (kernels.chunk_gla, kernels.recurrent_gla):
             with pytest.raises(ValueError, match=sentence):
                 wrong(*x)
+    for more in (dict(output_final_state=True), dict(initial_state=S[:1])):
+        with pytest.raises(ValueError, match="no state before or after"):
+            kernels.chunk_gla(q[:1], k[:1], v[:1], g[:1], cu_seqlens=torch.tensor([0, 9]), **more)
 
 def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     """Every launch of a forward, a backward and a decoding step: kernel, grid, arguments, how."""
@@ -423,15 +423,15 @@ def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     q, v = (torch.zeros(B, 70, *n, dtype=dtype, device=device) for n in ((2, Dk), (4, Dv)))
     g, S = torch.zeros(B, 70, 4, device=device), torch.zeros(B, 4, Dk, Dv, device=device)
     x, real = (q, q, v, g, g), torch.ones(B, dtype=torch.int64, device=device)
-    o, _, *kept = kernels.launch_forward(x, (S, None, None), 1.0, True, True)
-    kernels.launch_backward((q, q, g, *kept, o), (S, None, None), 1.0, True, B)
+    o, _, *kept = kernels.launch_forward(x, S, 1.0, True, True)
+    kernels.launch_backward((q, q, g, *kept, o), S, 1.0, True, B)
     kernels.triton_gated_delta_step(*kernels.one_token(*x, S), real)
     monkeypatch.undo()
     return found
 
 POINTERS = dict(zip([*DTYPES, torch.int64], ("*bf16", "*fp16", "*fp32", "*i64")))
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have, by compute capability
-SPILLED = {64: (440, 220), 100: (2300, 680), 128: (3500, 140), 256: (4800, 950)}  # Ampere, later
+SPILLED = {64: (430, 220), 100: (2300, 640), 128: (2100, 140), 256: (4700, 950)}  # Ampere, later
 EVERYTHING = [(heads, chip, dtype) for heads in HEADS for chip in SHARED for dtype in DTYPES]
 SOME = [EVERYTHING[i] for i in (0, 12, 25)]
 FULL = os.environ.get("HYBRID_DISTILL_FULL") == "1"
@@ -447,12 +447,10 @@ def spilled_bytes(cubin):
 
 @pytest.mark.parametrize("heads,capability,dtype", EVERYTHING if FULL else SOME, ids=str)
 def test_every_kernel_compiles_for_real_chips(monkeypatch, tmp_path, heads, capability, dtype):
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", minversion="3.8")  # before, it spills more
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if capability == 100 and triton.__version__ < "3.8":
-        pytest.skip("Triton before 3.8 fails to compile backward_chunk_kernel for Blackwell")
     # fp32 products, not in tensor cores, fill the registers; on Ampere the tiles, chosen on Hopper,
     # are too large from d = 100 on
     most_spilled = 8000 if dtype == torch.float32 else SPILLED[max(heads)][capability >= 90]
@@ -1627,6 +1625,6 @@ def test_two_processes_that_shard_or_stop_early_do_what_one_does(together, more,
     assert errors.read_text().count("error: softmax layers must be") == 1, errors.read_text()
 
 def test_kernels_in_the_interpreter(interpreter):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7.1")
     said = interpreter.communicate()[0]
     assert interpreter.returncode == 0 and " passed" in said and "skipped" not in said, said
