@@ -244,12 +244,12 @@ def test_interpreted_triton_under_autocast_checkpointing_and_compile():
         assert all(map(torch.equal, gradients(wrapped, inputs), gradients(run, inputs)))
 
 def step_example(D, B=3, H=4, dtype=torch.float32):
-    """Arguments of gated_delta_step, the second token padding; exp(A_log) is so large where
-    softplus is small that its last digits show."""
+    """Arguments of gated_delta_step, the second token padding."""
     q, k, v, a, b, S = kernels.example(B, 1, H, H, D, D, dtype=dtype)
     dt_bias, weight = torch.linspace(-30, 9, H), torch.linspace(0.5, 2, D).to(dtype)
     real = torch.tensor([[0, 2], [1, 0], [0, 1]])[:, 1]  # strided
-    return q, k, v, a, 4 * b, v + q, -dt_bias, dt_bias, weight, 1e-3, S, real
+    A_log = torch.linspace(2, -2, H)
+    return q, k, v, a, 4 * b, v + q, A_log, dt_bias, weight, 1e-3, S, real
 
 def step_in_fp64(*inputs):
     x = [x.double() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -279,7 +279,7 @@ def test_the_fused_step_is_its_equations(step, D):
     assert (o - exact[0]).norm() <= 5e-4 * o.norm() and (S - exact[1]).norm() <= 1e-6 * S.norm()
 
 def test_the_step_is_plain_where_gradients_are_wanted_and_in_compile(monkeypatch):
-    monkeypatch.setattr(kernels, "pick_backend", lambda *_: pytest.fail("not to be asked"))
+    monkeypatch.setattr(kernels, "step_backend", lambda *_: pytest.fail("not to be asked"))
     run, inputs = kernels.gated_delta_step, step_example(3, H=2)
     exact = [x.double().requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
     torch.autograd.gradcheck(lambda *x: run(*x[:-2], 1e-3, *x[-2:]), exact)
@@ -304,7 +304,8 @@ def test_auto_takes_triton_on_the_gpu(recwarn):
     assert all(map(torch.equal, run_rule(*inputs), run_rule(*inputs, backend="triton")))
     step = kernels.one_token(*inputs)
     fused = kernels.triton_gated_delta_step(*step)
-    assert all(map(torch.equal, kernels.gated_delta_step(*step), fused)) and not recwarn.list
+    with torch.no_grad():
+        assert all(map(torch.equal, kernels.gated_delta_step(*step), fused)) and not recwarn.list
 
 @pytest.mark.parametrize(
     "change,sentence",
