@@ -90,9 +90,8 @@ def l2norm(x):
 
 class ChunkedTorch(torch.autograd.Function):
     """The chunkwise form, its backward written out: q (with the scale), k, v, g, beta
-    [chunks, B HV, C, ...] -> o [chunks, B HV, C, Dv], final state [B HV, Dk, Dv].
-
-    It walks chunk by chunk, so that what a chunk needs stays in the cache of a CPU."""
+    [chunks, B HV, C, ...] -> o [chunks, B HV, C, Dv], final state [B HV, Dk, Dv]. It walks chunk
+    by chunk, so that what a chunk needs stays in the cache of a CPU."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, S0):
@@ -474,8 +473,7 @@ def step_kernel(q, k, v, a, b, gate, A_log, dt_bias, weight, S0, real, o, S_out,
     once. Grid (B H). stride: of `real`; all else is contiguous."""
     head = tl.program_id(0).to(tl.int64)
     h, d, j, n = head % H, tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BD // BV)
-    # 1. g = -exp(A_log) softplus(x),  softplus(x) = max(x, 0) + log(1 + exp(-|x|)): the digits that
-    #    1 + y drops of a small y are 6e-8 of softplus, less than exp(g) shows; no overflow
+    # 1. g = -exp(A_log) softplus(x); what 1 + y drops of a small y is 6e-8 of g for A_log = 0
     x = tl.load(a + head).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
     softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
     g = -tl.exp(tl.load(A_log + h).to(tl.float32)) * softplus
@@ -509,17 +507,14 @@ def silu(x, at, D: constexpr):
 
 # ------------------------------------------------------------------- Triton: launching them
 
-def chunk_length(Dk, dtype):
-    return (64 if Dk <= 128 else 32) // (2 if dtype == torch.float32 else 1)
-
 @functools.lru_cache(maxsize=None)
-def tiles(H, HV, Dk, Dv, dtype, device):
+def tiles(H, HV, Dk, Dv, C, dtype, device):
     """-> options of the kernels over chunks, over sequences, and of the backward over chunks: a
     fixed table by head size instead of autotuning."""
     BK, BV = (max(16, triton.next_power_of_2(n)) for n in (Dk, Dv))
     narrow = dtype != torch.float32
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    by_chunk = dict(H=H, HV=HV, DK=Dk, C=chunk_length(Dk, dtype), BK=BK, num_warps=4)
+    by_chunk = dict(H=H, HV=HV, DK=Dk, C=C, BK=BK, num_warps=4)
     by_sequence = {**by_chunk, "DV": Dv, "BV": min(BV, 32 if narrow or BK <= 64 else 16)}
     by_block = {**by_chunk, "DV": Dv, "BV": BV if narrow and BK <= 128 else min(BV, 32)}
     by_block |= dict(num_stages=1, num_warps=8 if narrow and (BK == 128 or not hopper) else 4)
@@ -533,12 +528,12 @@ def launch_forward(inputs, S0, scale, norm, keep, launch=True):
     launch=False: all of it empty, for torch.compile."""
     q, k, v, g, beta = inputs
     B, T, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
-    C = chunk_length(Dk, q.dtype)
+    C = (64 if Dk <= 128 else 32) // (2 if q.dtype == torch.float32 else 1)
     o, S, count = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv), B * (-(-T // C))
     NP, factors = q.new_empty(count, HV, 2, C, C), g.new_empty(count, HV, 5, C)
     kept = [torch.empty_like(v), q.new_empty(count, HV, Dk, Dv)] if keep else []
     if launch:
-        how, walks, _ = tiles(H, HV, Dk, Dv, q.dtype, q.device)
+        how, walks, _ = tiles(H, HV, Dk, Dv, C, q.dtype, q.device)
         grid = (-(-Dv // walks["BV"]) * B * HV,)
         writes = o, S, *(kept or (None, None))
         with torch.cuda.device_of(q):
@@ -555,7 +550,7 @@ def launch_backward(inputs, dS, scale, norm, count, launch=True):
     dstates, dS0 = torch.empty_like(states), g.new_empty(count, HV, Dk, Dv)
     dq, dk = outputs = [q.new_empty(B, T, HV, Dk, dtype=dtype) for _ in range(2)]
     if launch:
-        _, walks, how = tiles(H, HV, Dk, Dv, q.dtype, q.device)
+        _, walks, how = tiles(H, HV, Dk, Dv, NP.shape[-1], q.dtype, q.device)
         grid = (-(-Dv // walks["BV"]) * B * HV,)
         last = dS0 if count else None, T
         reads, writes = (q, k, g, factors, do, error, X, states, dstates), (dq, dk, dv, dg, dbeta)
@@ -636,9 +631,8 @@ def one_token(q, k, v, g, beta, S):
     return v.roll(1, -1), v.flip(-1), v, a, b, v.roll(2, -1), b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S
 
 def errors(rule, inputs, **options):
-    """-> relative RMS errors of everything(rule) and of Triton's fused step against fp64, in the
-    order of NAMES. What may surround a trial (inference, autocast, a checkpoint that counts saved
-    tensors) is kept out."""
+    """-> relative RMS errors (NAMES) of everything(rule) and of Triton's step against fp64. What may
+    surround a trial is kept out: inference, autocast, a checkpoint that counts saved tensors."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     autocast = torch.autocast(inputs[0].device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), autocast, hooks:
@@ -688,8 +682,7 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
 
 def check_inputs(q, k, v, g, beta=None, initial_state=None):
     """Raise ValueError, in one sentence, where shapes do not fit (many would broadcast to a wrong
-    answer) or g is above 0 (read on a CPU only: a GPU would have to be waited for; not in
-    torch.compile). No beta: GLA."""
+    answer) or g is above 0 (not read on a GPU, which would have to be waited for). No beta: GLA."""
     if q.ndim != 4 or v.ndim != 4 or 0 in (*q.shape, *v.shape):
         raise ValueError(f"q and v must be [B, T, H, D], not empty: {[*q.shape]}, {[*v.shape]}")
     (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
@@ -707,8 +700,7 @@ def check_inputs(q, k, v, g, beta=None, initial_state=None):
 def decay_between(g, cu_seqlens, *state):
     """g [1, T, ...], -inf where a sequence begins: S decays before it is read, this empties it."""
     if len(g) != 1 or cu_seqlens.ndim != 1 or any(state):
-        raise ValueError("cu_seqlens [N + 1] packs one row (B = 1), with no state before or after: "
-                         f"not {list(cu_seqlens.shape)} and B = {len(g)}")  # fmt: skip
+        raise ValueError("cu_seqlens must be [N + 1], B = 1, and no state is given or kept with it")
     return g.index_fill(1, cu_seqlens[1:-1].long(), -torch.inf)
 
 def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
@@ -792,8 +784,7 @@ def recurrent_gla(q, k, v, g, scale=None, initial_state=None, output_final_state
         S_t = Diag(exp(g_t)) S_{t-1} + k_t (x) v_t,   o_t = scale S_t^T q_t,   scale = Dk^-1/2
 
     q, k, g (log-decay <= 0) [B, T, H, Dk]; v [B, T, H, Dv]; state [B, H, Dk, Dv]. It works in fp32,
-    or in fp64 if q is. Returns o in the dtype of v, and the final state or None.
-    Source: arXiv 2312.06635."""
+    or in fp64 if q is. Returns o in the dtype of v, state or None. Source: arXiv 2312.06635."""
     check_inputs(q, k, v, g, None, initial_state)
     (B, T, H, Dk), Dv, dtype = q.shape, v.shape[-1], v.dtype
     work = torch.promote_types(q.dtype, torch.float32)
@@ -815,8 +806,7 @@ def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=Fal
     many numbers, and as exp(b_i) exp(-b_j), b = cumsum(g), it overflows. But where a token m is
     between, it is exp(sum over m < t <= i) exp(sum over j < t <= m), a factor <= 1 for each side.
     So blocks of 1, 2, 4, ... C/2 tokens are read by the block behind them, m the end of the first.
-    Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as in
-    chunk_gated_delta_rule."""
+    Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as above."""
     check_inputs(q, k, v, g, None, initial_state)
     if cu_seqlens is not None:
         g = decay_between(g, cu_seqlens, initial_state is not None, output_final_state)
@@ -872,5 +862,5 @@ def __getattr__(name):
 if __name__ == "__main__":
     benchmark = os.path.join(os.path.dirname(os.path.realpath(__file__)), "assets", "benchmark.py")
     if not os.path.exists(benchmark):
-        sys.exit(f"the checks and the benchmark are not here but in {benchmark}: see the repository")
+        sys.exit(f"the checks and the benchmark are not here: they need {benchmark}")
     runpy.run_path(benchmark, run_name="__main__")
