@@ -631,7 +631,7 @@ def one_token(q, k, v, g, beta, S):
     return v.roll(1, -1), v.flip(-1), v, a, b, v.roll(2, -1), b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S
 
 def errors(rule, inputs, **options):
-    """-> relative RMS errors (NAMES) of everything(rule) and of Triton's step against fp64. What may
+    """-> relative RMS errors (NAMES) of everything(rule) and Triton's step against fp64. What may
     surround a trial is kept out: inference, autocast, a checkpoint that counts saved tensors."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     autocast = torch.autocast(inputs[0].device.type, enabled=False)
