@@ -90,9 +90,8 @@ def l2norm(x):
 
 class ChunkedTorch(torch.autograd.Function):
     """The chunkwise form, its backward written out: q (with the scale), k, v, g, beta
-    [chunks, B HV, C, ...] -> o [chunks, B HV, C, Dv], final state [B HV, Dk, Dv].
-
-    It walks chunk by chunk, so that what a chunk needs stays in the cache of a CPU."""
+    [chunks, B HV, C, ...] -> o [chunks, B HV, C, Dv], final state [B HV, Dk, Dv]. It walks chunk
+    by chunk, so that what a chunk needs stays in the cache of a CPU."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, S0):
@@ -191,12 +190,6 @@ def torch_chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=Non
 # |q| and |k| are factors of rows: applied behind a product, never to q and k themselves.
 
 @jit
-def chunk_rows(c, tokens, C: constexpr):
-    """Chunk c: its first token (64-bit) and the rows from there to the end of its sequence."""
-    s, n = c // tl.cdiv(tokens, C), c % tl.cdiv(tokens, C)
-    return s.to(tl.int64) * tokens + n * C, (tokens - n * C).to(tl.int64)
-
-@jit
 def walk(S0, tokens, HV: constexpr, DK: constexpr, DV: constexpr, BK: constexpr, BV: constexpr,
          C: constexpr):  # fmt: skip
     """This program's state S0 (or zero), its first column, number, head; first token, length and
@@ -289,7 +282,8 @@ def prepare_kernel(q, k, g, beta, NP, factors, tokens, scale, H: constexpr, HV: 
     """What a chunk knows without the state. Grid (chunks, HV). Writes NP [chunks, HV, 2, C, C]
     (N, P) and factors [chunks, HV, 5, C] (fq, fk, fr, beta, gamma_C)."""
     c, h, r = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
-    token, left = chunk_rows(c, tokens, C)
+    s, n = c // tl.cdiv(tokens, C), c % tl.cdiv(tokens, C)  # chunk n of sequence s
+    token, left = s.to(tl.int64) * tokens + n * C, (tokens - n * C).to(tl.int64)
     chunk, at, at_k = c.to(tl.int64) * HV + h, token * HV + h, (token * H + h // (HV // H)) * DK
     dt = k.dtype.element_ty
     # 1. factors of rows: fq = scale gamma / |q|, fk = gamma / |k|, fr = gamma_C / gamma / |k|,
@@ -407,7 +401,8 @@ def backward_chunk_kernel(q, k, g, factors, do, error, X, states, dstates, dq, d
     Y, Z, R are held as [Dk, C]: so the left factor of every product is a tile that was loaded; one
     computed in registers is what Triton 3.4 - 3.7.0 gets wrong on Hopper."""
     c, h, r = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
-    token, left = chunk_rows(c, tokens, C)
+    s, n = c // tl.cdiv(tokens, C), c % tl.cdiv(tokens, C)  # chunk n of sequence s
+    token, left = s.to(tl.int64) * tokens + n * C, (tokens - n * C).to(tl.int64)
     chunk, at, at_k = c.to(tl.int64) * HV + h, token * HV + h, (token * H + h // (HV // H)) * DK
     dt = k.dtype.element_ty
     bq = load_tile(q + at_k, left, 0, H * DK, DK, C, BK)
@@ -478,14 +473,10 @@ def step_kernel(q, k, v, a, b, gate, A_log, dt_bias, weight, S0, real, o, S_out,
     once. Grid (B H). stride: of `real`; all else is contiguous."""
     head = tl.program_id(0).to(tl.int64)
     h, d, j, n = head % H, tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BD // BV)
-    # 1. g = -exp(A_log) softplus(x), softplus(x) = max(x, 0) + log(1 + y), y = exp(-|x|), where
-    #    log(1 + y) = 2 artanh(z) = 2 (z + z^3 / 3 + ... + z^15 / 15) keeps the digits of a small y
+    # 1. g = -exp(A_log) softplus(x); what 1 + y drops of a small y is 6e-8 of g for A_log = 0
     x = tl.load(a + head).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
-    y = tl.exp(-tl.abs(x))
-    z, series = y / (2.0 + y), 0.0
-    for m in tl.static_range(15, 0, -2):
-        series = series * z * z + 1.0 / m
-    g = -tl.exp(tl.load(A_log + h).to(tl.float32)) * (tl.maximum(x, 0.0) + 2.0 * z * series)
+    softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+    g = -tl.exp(tl.load(A_log + h).to(tl.float32)) * softplus
     beta = tl.sigmoid(tl.load(b + head).to(tl.float32))
     if real is not None:  # padding decays nothing and writes nothing
         token = tl.load(real + head // H * stride) != 0
@@ -516,17 +507,14 @@ def silu(x, at, D: constexpr):
 
 # ------------------------------------------------------------------- Triton: launching them
 
-def chunk_length(Dk, dtype):
-    return (64 if Dk <= 128 else 32) // (2 if dtype == torch.float32 else 1)
-
 @functools.lru_cache(maxsize=None)
-def tiles(H, HV, Dk, Dv, dtype, device):
+def tiles(H, HV, Dk, Dv, C, dtype, device):
     """-> options of the kernels over chunks, over sequences, and of the backward over chunks: a
     fixed table by head size instead of autotuning."""
     BK, BV = (max(16, triton.next_power_of_2(n)) for n in (Dk, Dv))
     narrow = dtype != torch.float32
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    by_chunk = dict(H=H, HV=HV, DK=Dk, C=chunk_length(Dk, dtype), BK=BK, num_warps=4)
+    by_chunk = dict(H=H, HV=HV, DK=Dk, C=C, BK=BK, num_warps=4)
     by_sequence = {**by_chunk, "DV": Dv, "BV": min(BV, 32 if narrow or BK <= 64 else 16)}
     by_block = {**by_chunk, "DV": Dv, "BV": BV if narrow and BK <= 128 else min(BV, 32)}
     by_block |= dict(num_stages=1, num_warps=8 if narrow and (BK == 128 or not hopper) else 4)
@@ -540,18 +528,16 @@ def launch_forward(inputs, S0, scale, norm, keep, launch=True):
     launch=False: all of it empty, for torch.compile."""
     q, k, v, g, beta = inputs
     B, T, H, Dk, HV, Dv = *q.shape, *v.shape[2:]
-    C = chunk_length(Dk, q.dtype)
-    count = B * (-(-T // C))
-    o, S = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv)
+    C = (64 if Dk <= 128 else 32) // (2 if q.dtype == torch.float32 else 1)
+    o, S, count = torch.empty_like(v), g.new_empty(B, HV, Dk, Dv), B * (-(-T // C))
     NP, factors = q.new_empty(count, HV, 2, C, C), g.new_empty(count, HV, 5, C)
     kept = [torch.empty_like(v), q.new_empty(count, HV, Dk, Dv)] if keep else []
     if launch:
-        how, walks, _ = tiles(H, HV, Dk, Dv, q.dtype, q.device)
-        how = {**how, "NORM": norm}
+        how, walks, _ = tiles(H, HV, Dk, Dv, C, q.dtype, q.device)
         grid = (-(-Dv // walks["BV"]) * B * HV,)
         writes = o, S, *(kept or (None, None))
         with torch.cuda.device_of(q):
-            prepare_kernel[count, HV](q, k, g, beta, NP, factors, T, scale, **how)
+            prepare_kernel[count, HV](q, k, g, beta, NP, factors, T, scale, NORM=norm, **how)
             forward_kernel[grid](q, k, v, NP, factors, S0, *writes, T, **walks)
     return [o, S, NP, factors, *kept]
 
@@ -564,7 +550,7 @@ def launch_backward(inputs, dS, scale, norm, count, launch=True):
     dstates, dS0 = torch.empty_like(states), g.new_empty(count, HV, Dk, Dv)
     dq, dk = outputs = [q.new_empty(B, T, HV, Dk, dtype=dtype) for _ in range(2)]
     if launch:
-        _, walks, how = tiles(H, HV, Dk, Dv, q.dtype, q.device)
+        _, walks, how = tiles(H, HV, Dk, Dv, NP.shape[-1], q.dtype, q.device)
         grid = (-(-Dv // walks["BV"]) * B * HV,)
         last = dS0 if count else None, T
         reads, writes = (q, k, g, factors, do, error, X, states, dstates), (dq, dk, dv, dg, dbeta)
@@ -610,11 +596,9 @@ def triton_chunk_gated_delta_rule(q, k, v, g, beta, scale, S0, keep_state, norm)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     inputs = q, k, v, g.float(), beta.float(), None if S0 is None else S0.float()
     inputs = [None if x is None else x.contiguous() for x in inputs]
-    o, S = ChunkedTriton.apply(*inputs, scale, norm, wants_grad(*inputs))
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, S = ChunkedTriton.apply(*inputs, scale, norm, keep)
     return o, S if keep_state else None
-
-def wants_grad(*tensors):
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 # ------------------------------------------------------------------- the switch and its trial
 
@@ -625,17 +609,17 @@ def example(B, T, H, HV, Dk, Dv, kind="random", dtype=torch.float32, device="cpu
     """q, k, v, g, beta, initial state. kind: random; identical (one key, beta -> 1, no decay);
     underflow (g = -1000 at places)."""
     how = dict(generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float32)
-    q, k, v, S = (torch.randn(n, m, *heads, **how) for n, m, *heads in (
-        (B, T, H, Dk), (B, T, H, Dk), (B, T, HV, Dv), (B, HV, Dk, Dv)))  # fmt: skip
+    shapes = (B, T, H, Dk), (B, T, H, Dk), (B, T, HV, Dv), (B, HV, Dk, Dv)
+    q, k, v, S = (torch.randn(shape, **how) for shape in shapes)
     g, beta, u = torch.rand(3, B, T, HV, **how)
     g = torch.where(u < 0.1, -1000.0, -0.3 * g) if kind == "underflow" else -0.3 * g
     if kind == "identical":
         k, g, beta = k[:, :1].repeat(1, T, 1, 1), 0 * g, torch.full_like(beta, 0.9999)
     return [q.to(dtype), k.to(dtype), v.to(dtype), g, beta, S]
 
-def everything(rule, inputs, seed=1, **options):
+def everything(rule, inputs, **options):
     """-> o, final state, gradients of q, k, v, g, beta, initial state for random do and dS."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(1)
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = rule(*inputs[:5], None, inputs[5], True, True, **options)
     gradients = [torch.randn(x.shape, generator=rng, device="cpu").to(x) for x in outputs]
@@ -647,9 +631,8 @@ def one_token(q, k, v, g, beta, S):
     return v.roll(1, -1), v.flip(-1), v, a, b, v.roll(2, -1), b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S
 
 def errors(rule, inputs, **options):
-    """-> relative RMS errors of everything(rule) and of Triton's fused step against fp64, in the
-    order of NAMES. What may surround a trial (inference, autocast, a checkpoint that counts saved
-    tensors) is kept out."""
+    """-> relative RMS errors (NAMES) of everything(rule) and Triton's step against fp64. What may
+    surround a trial is kept out: inference, autocast, a checkpoint that counts saved tensors."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     autocast = torch.autocast(inputs[0].device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), autocast, hooks:
@@ -699,16 +682,15 @@ def pick_backend(backend, device, dtype, H, HV, Dk, Dv):
 
 def check_inputs(q, k, v, g, beta=None, initial_state=None):
     """Raise ValueError, in one sentence, where shapes do not fit (many would broadcast to a wrong
-    answer) or g is above 0 (read on a CPU only: a GPU would have to be waited for; not in
-    torch.compile). No beta: GLA."""
+    answer) or g is above 0 (not read on a GPU, which would have to be waited for). No beta: GLA."""
     if q.ndim != 4 or v.ndim != 4 or 0 in (*q.shape, *v.shape):
         raise ValueError(f"q and v must be [B, T, H, D], not empty: {[*q.shape]}, {[*v.shape]}")
     (B, T, H, Dk), (HV, Dv) = q.shape, v.shape[2:]
     if HV % H or beta is None and HV != H:
         raise ValueError(f"the {HV} heads of v must be a multiple of the {H} of q (in GLA as many)")
-    gate = [B, T, HV]
-    wanted = dict(k=[B, T, H, Dk], v=[*gate, Dv], g=gate, beta=gate, initial_state=[B, HV, Dk, Dv])
-    wanted["g"] = gate if beta is not None else [*gate, Dk]
+    gate, S = [B, T, HV], [B, HV, Dk, Dv]
+    g_shape = gate if beta is not None else [*gate, Dk]
+    wanted = dict(k=[B, T, H, Dk], v=[*gate, Dv], g=g_shape, beta=gate, initial_state=S)
     for (name, shape), x in zip(wanted.items(), (k, v, g, beta, initial_state)):
         if x is not None and list(x.shape) != shape:
             raise ValueError(f"{name} must be {shape} for q {list(q.shape)}, not {list(x.shape)}")
@@ -718,8 +700,7 @@ def check_inputs(q, k, v, g, beta=None, initial_state=None):
 def decay_between(g, cu_seqlens, *state):
     """g [1, T, ...], -inf where a sequence begins: S decays before it is read, this empties it."""
     if len(g) != 1 or cu_seqlens.ndim != 1 or any(state):
-        raise ValueError("cu_seqlens [N + 1] packs one row (B = 1), with no state before or after: "
-                         f"not {list(cu_seqlens.shape)} and B = {len(g)}")  # fmt: skip
+        raise ValueError("cu_seqlens must be [N + 1], B = 1, and no state is given or kept with it")
     return g.index_fill(1, cu_seqlens[1:-1].long(), -torch.inf)
 
 def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
@@ -764,7 +745,7 @@ def torch_gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, 
 
 def triton_gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real=None):
     """gated_delta_step in one kernel, without gradients."""
-    (B, _, H, D), BD = v.shape, triton.next_power_of_2(v.shape[-1])
+    (B, _, H, D), BD = v.shape, 1 << (v.shape[-1] - 1).bit_length()  # a power of two
     S = v.new_zeros(B, H, D, D, dtype=torch.float32) if S is None else S
     inputs = [x.contiguous() for x in (q, k, v, a, b, gate, A_log, dt_bias, weight, S)]
     o, S_out = torch.empty_like(inputs[5]), torch.empty_like(inputs[9])
@@ -773,6 +754,10 @@ def triton_gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S,
     with torch.cuda.device_of(v):
         step_kernel[B * H,](*inputs, real, o, S_out, stride, eps, D**-0.5, **how)
     return o, S_out
+
+@functools.lru_cache(maxsize=None)  # asked for every layer and token
+def step_backend(device, dtype, H, D):
+    return pick_backend("auto", str(device), dtype, H, H, D, D)
 
 def gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real=None):
     """What a Gated DeltaNet mixer does to one token between its input products and W_o.
@@ -785,12 +770,11 @@ def gated_delta_step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real=N
     q, k, v, gate [B, 1, H, D], a, b [B, 1, H]: products of x; A_log, dt_bias [H]; weight [D]; S
     [B, H, D, D] fp32 or None (zero); real [B] or None: 0 where the token is padding, which leaves S
     as it is. Shapes are not checked. Returns o in the dtype of gate, and S, the old one left alone.
-    One kernel on a GPU, but not where gradients are wanted nor in torch.compile."""
-    inputs, (H, D) = (q, k, v, a, b, gate, A_log, dt_bias, weight), v.shape[2:]
-    plain = torch.compiler.is_compiling() or wants_grad(*inputs, S)
-    if plain or pick_backend("auto", str(v.device), v.dtype, H, H, D, D) == "torch":
-        return torch_gated_delta_step(*inputs, eps, S, real)
-    return triton_gated_delta_step(*inputs, eps, S, real)
+    One kernel on a GPU, but not where gradients are enabled nor in torch.compile."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    plain = plain or step_backend(v.device, v.dtype, *v.shape[2:]) == "torch"
+    step = torch_gated_delta_step if plain else triton_gated_delta_step
+    return step(q, k, v, a, b, gate, A_log, dt_bias, weight, eps, S, real)
 
 # ------------------------------------------------------------------- gated linear attention (GLA)
 
@@ -800,8 +784,7 @@ def recurrent_gla(q, k, v, g, scale=None, initial_state=None, output_final_state
         S_t = Diag(exp(g_t)) S_{t-1} + k_t (x) v_t,   o_t = scale S_t^T q_t,   scale = Dk^-1/2
 
     q, k, g (log-decay <= 0) [B, T, H, Dk]; v [B, T, H, Dv]; state [B, H, Dk, Dv]. It works in fp32,
-    or in fp64 if q is. Returns o in the dtype of v, and the final state or None.
-    Source: arXiv 2312.06635."""
+    or in fp64 if q is. Returns o in the dtype of v, state or None. Source: arXiv 2312.06635."""
     check_inputs(q, k, v, g, None, initial_state)
     (B, T, H, Dk), Dv, dtype = q.shape, v.shape[-1], v.dtype
     work = torch.promote_types(q.dtype, torch.float32)
@@ -823,8 +806,7 @@ def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=Fal
     many numbers, and as exp(b_i) exp(-b_j), b = cumsum(g), it overflows. But where a token m is
     between, it is exp(sum over m < t <= i) exp(sum over j < t <= m), a factor <= 1 for each side.
     So blocks of 1, 2, 4, ... C/2 tokens are read by the block behind them, m the end of the first.
-    Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as in
-    chunk_gated_delta_rule."""
+    Sums start at m: no difference is taken, no digit lost; g may be -inf. cu_seqlens: as above."""
     check_inputs(q, k, v, g, None, initial_state)
     if cu_seqlens is not None:
         g = decay_between(g, cu_seqlens, initial_state is not None, output_final_state)
@@ -880,5 +862,5 @@ def __getattr__(name):
 if __name__ == "__main__":
     benchmark = os.path.join(os.path.dirname(os.path.realpath(__file__)), "assets", "benchmark.py")
     if not os.path.exists(benchmark):
-        sys.exit(f"the checks and the benchmark are not here but in {benchmark}: see the repository")
+        sys.exit(f"the checks and the benchmark are not here: they need {benchmark}")
     runpy.run_path(benchmark, run_name="__main__")
