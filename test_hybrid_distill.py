@@ -785,6 +785,7 @@ def train_toy(folder=None, stop=12, seed=0):
     """A model with dropout, in part frozen, 12 steps -> as it began, its history, as it ended."""
     torch.manual_seed(seed)
     net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
+    torch.nn.init.ones_(net[0].bias)  # frozen, so not saved
     begun, groups = weights(net), [{"params": [net[0].weight], "lr": 0.1}]
     groups += [{"params": [net[2].weight, net[2].bias], "lr": 0.01, "weight_decay": 0.0}]
     losses = lambda x: iter([("square", net(x.float()).square().mean(), 1.0)])
@@ -797,7 +798,7 @@ def test_killed_at_any_save_it_ends_with_the_same_weights(tmp_path, monkeypatch)
     for stop, seconds in ((3, -1), (7, 999), (4, -1), (9, -1)):  # from 3 to 7 nothing is saved
         monkeypatch.setattr(hd, "SECONDS_BETWEEN_SAVES", seconds)
         with pytest.raises(IndexError):
-            train_toy(tmp_path, stop, seed=1)
+            train_toy(tmp_path, stop, seed=int(stop > 3))
         (tmp_path / "step-11").mkdir(exist_ok=True)  # killed while it saved: there is no .metadata
         (tmp_path / "metrics.jsonl").open("a").write('{"step": 11, "micro_batch": 1}\n')
     for _ in range(2):  # the second time it is finished: loaded
@@ -1136,7 +1137,7 @@ def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch)
     assert len(steps) == 2 * (2 + 1) + 1  # all-linear: stage 3 alone
     assert equal(weights(load(student)), kept) and len([*(folder / "run").glob("student-*")]) == 2
     # another rate for the same layers, and back: the folder holds the student of the report
-    for lr, new in ((1e-2, 1), (1e-4, 0)):
+    for lr, new in ((1e-2, 1), (2e-5, 0)):
         steps.clear()
         ran(folder, *more, "--baselines", "none", "--finetune-lr", lr)
         assert len(steps) == new and equal(weights(load(student)), kept) == (new == 0)
@@ -1189,34 +1190,29 @@ def test_a_dry_run_says_how_long_a_run_takes(folder, capsys):
     assert not (folder / "run").exists()
 
 WRONG = [
-    ([], "is in use by another process"),
-    (["--softmax-layers", "5"], "error: --softmax-layers must be within 1..4, not 5"),
-    (["--softmax-layers", "0"], "error: --softmax-layers must be within 1..4, not 0"),
+    (["--data", ""], "--teacher and --data go together"),
+    (["--teacher", "torn"], "it lacks 1 of its weights"),
+    (["--data", "bad.txt"], "cannot read --data bad.txt"),
+    (["--device", "abacus"], "cannot use --device abacus"),
+    (["--held-out", "0"], "--held-out must be at least 1"),
+    (["--select", "1,2"], "--select lists 2 layers, not 1"),
     (["--select", "best"], "or one of ga-s1, ga-s2, gr-s2"),
     (["--select", "9"], "softmax layers must be distinct and within 0..3"),
-    (["--select", "published"], "no selection of 1 layers is published for 'teacher'"),
-    (["--select", "1,2"], "--select lists 2 layers, not 1"),
-    (["--baselines", "middle"], "not 'middle'"),
     (["--data", "nothing.txt"], "--data nothing.txt: there is no such file"),
-    (["--teacher", "./nowhere/at"], "--teacher ./nowhere/at: there is no such file"),
     (["--teacher", "mute"], "error: cannot use the tokenizer of --teacher mute"),
-    (["--teacher", "torn"], "it lacks 1 of its weights"),
-    (["--data", ""], "--teacher and --data go together"),
+    (["--data", "null.jsonl", "--text-column", "x"], "--text-column is one of text"),
+    (["--teacher", "./nowhere/at"], "--teacher ./nowhere/at: there is no such file"),
+    (["--softmax-layers", "0"], "error: --softmax-layers must be within 1..4, not 0"),
+    (["--softmax-layers", "5"], "error: --softmax-layers must be within 1..4, not 5"),
+    (["--select", "published"], "no selection of 1 layers is published for 'teacher'"),
+    (["--baselines", "middle"], "not 'middle'"), (["--data", "empty.jsonl"], "it is empty"),
+    (["--micro-batch", "-1"], "--micro-batch must be within 0"), (["--align-lr", "0"], "lr > 0"),
+    (["--out", "bad.txt"], "cannot write in --out bad.txt"), ([], "is in use by another process"),
+    (["--data", "null.jsonl"], "it holds no text"), (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
     (["--data", "empty.jsonl", "--data-config", "x"], "--data-config is for a dataset of the hub"),
-    (["--align-batch", "0"], "a stage needs tokens, a batch"),
-    (["--align-lr", "0"], "lr > 0"),
-    (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
-    (["--held-out", "5000"], "part has"),
-    (["--held-out", "0"], "--held-out must be at least 1"),
-    (["--micro-batch", "-1"], "--micro-batch must be within 0"),
+    (["--align-batch", "0"], "a stage needs tokens, a batch"), (["--held-out", "5000"], "part has"),
     *[(["--data", f"wrong-{n}.npy"], "it must hold a row of token ids, integers below 384")
       for n in range(5)],
-    (["--data", "bad.txt"], "cannot read --data bad.txt"),
-    (["--data", "empty.jsonl"], "it is empty"),
-    (["--data", "null.jsonl"], "it holds no text"),
-    (["--data", "null.jsonl", "--text-column", "x"], "--text-column is one of text"),
-    (["--device", "abacus"], "cannot use --device abacus"),
-    (["--out", "bad.txt"], "cannot write in --out bad.txt"),
 ]  # fmt: skip
 NO_TOKENS = [np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1), np.ones(0, int)]
 
