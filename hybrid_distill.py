@@ -486,8 +486,10 @@ class ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_total):
         d_hidden, d_head, largest = ctx.saved_tensors
+        if d_head is not None:  # into the dtype of the head without a copy in fp32
+            grad = torch.empty_like(d_head, dtype=ctx.head_dtype)
+            d_head = torch.mul(d_head, d_total * largest, out=grad)
         d_hidden = None if d_hidden is None else d_hidden * (d_total * largest)
-        d_head = None if d_head is None else (d_head * (d_total * largest)).to(ctx.head_dtype)
         return d_hidden, d_head, None, None, None
 
 # ------------------------------------------------------------- stage 0: attention weight transfer
@@ -564,6 +566,7 @@ def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=N
     Raises FloatingPointError before a step whose loss or gradient is not finite.
     """
     trained = [p for group in groups for p in group["params"]]
+    require(trained, "every parameter of this model is frozen: nothing can be trained")
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=trained[0].is_cuda)
     peaks = [group["lr"] for group in optimizer.param_groups]
     name = Path(folder).name if folder else ""
@@ -863,15 +866,18 @@ def evaluate(model, teach, held_out) -> dict[str, float]:
     mode, sums, counts = model.training, collections.Counter(), collections.Counter()
     model.eval()
     for kind, tokens in [(kind, tokens) for kind in held_out for tokens in held_out[kind]]:
-        kl, count = float(kl_to_teacher(model, teach, tokens)), tokens.numel()
+        teacher_hidden, hidden, count = teach(tokens), last_hidden(model, tokens), tokens.numel()
+        head = whole(model.lm_head.weight)
+        kl = float(kl_loss(hidden, head, teacher_hidden, teach.teacher.lm_head))
         found = {"kl": kl, f"kl_{kind}": kl}
         if kind == "text":
-            found["perplexity"] = float(next_token_loss(model, tokens))
+            labels = tokens[:, 1:].to(hidden.device)
+            found["perplexity"] = float(cross_entropy_loss(hidden[:, :-1], head, labels))
         sums.update({name: value * count for name, value in found.items()})
         counts.update(dict.fromkeys(found, count))
     model.train(mode)
     means = {name: total / counts[name] for name, total in sums.items()}
-    return means | {"perplexity": math.exp(means.pop("perplexity"))}
+    return means | {name: math.exp(means[name]) for name in means if name == "perplexity"}
 
 # ---------------------------------------------------------------- stage S: KL-guided selection
 
@@ -889,7 +895,7 @@ class Selection:
     file: Path | None = None  # scores are remembered in files of this name
     micro_batch: int | None = None
     shard: bool = False  # a candidate is too large for one of several processes
-    tokens: int = 0  # that candidates trained on so far, remembered ones too
+    spent: dict = dataclasses.field(default_factory=dict)  # {what was scored: tokens trained on}
 
     def __post_init__(self):
         self.layers, self.steps = range(len(mixers(self.student))), self.budget.steps
@@ -914,13 +920,17 @@ class Selection:
                                self.budget.rest_lr, micro_batch=self.micro_batch)  # fmt: skip
             self.remember(keys[name], evaluate(hybrid, self.teach, self.validation))
         self.scores = dict(collections.ChainMap(*gather(self.scores)))
-        self.tokens += len(sets) * steps * self.batch_tokens() if steps else 0
+        self.spent |= {keys[name]: steps * self.batch_tokens() for name in sets if steps}
         return {name: self.scores[keys[name]]["kl"] for name in sets}
 
     def remember(self, name, score):
         self.scores[name] = score
         if self.file:
             write(f"{self.file}.{rank_and_world()[0]}.json", json.dumps(self.scores))
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.spent.values())
 
     def batch_tokens(self):
         return (self.batches(0) if callable(self.batches) else self.batches[0]).numel()
@@ -1034,7 +1044,7 @@ def gates(x, lr=0.1, pull=0.5):
             train(nn.ParameterList([theta]), groups, losses, x.batches, steps,
                   micro_batch=x.micro_batch)  # fmt: skip
         x.remember(name, gather(theta.sigmoid().tolist())[0])  # processes must go on alike
-    x.tokens += steps * x.batch_tokens()
+    x.spent[name] = steps * x.batch_tokens()
     return dict(enumerate(x.scores[name]))
 
 def gates_ga_s2(x):
@@ -1056,7 +1066,7 @@ def select_layers(x: Selection, strategy="ga-s2", first_steps=None) -> list[int]
     while True:
         found = SELECTORS[strategy](x)
         ranking = found if isinstance(found, list) else best_first(found)
-        if set(ranking[: x.k]) == best or x.steps == x.budget.steps or not x.tokens:
+        if set(ranking[: x.k]) == best or x.steps == x.budget.steps or not x.spent:
             return gather(ranking)[0]  # ties may break differently on another GPU
         best, x.steps = set(ranking[: x.k]), min(2 * x.steps, x.budget.steps)
 
@@ -1137,7 +1147,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of data order, new weights, the random rule [0]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
-    add("--micro-batch", type=int, help="sequences at a time [32,768 tokens, or what fits]")
+    add("--micro-batch", type=int, help="sequences at a time [2^15 or 2^16 tokens, if they fit]")
     add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
     add("--dry-run", action="store_true", help="two steps of every stage: tokens/s, hours, memory")
     hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)
@@ -1461,7 +1471,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
-    at_once = {name: s.micro_batch or max(1, 2**15 // budget.length) for name, budget in b.items()}
+    at_once = {name: at_a_time(s, budget) for name, budget in b.items()}
     stages, chosen, costs, scores, rows = {}, {}, {}, {}, []
 
     def train_stage(name, stage, *models, after=(), **rates):
@@ -1490,7 +1500,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             not fits_one_process(student))  # fmt: skip
         steps = max(1, s.select_from // (select.batch * select.length))
         layers = s.placed[name] if name in s.placed else select_layers(x, name, steps)
-        chosen[name], costs[name], scores[name] = layers[: s.softmax_layers], x.tokens, x.scores
+        chosen[name], scores[name], costs[name] = layers[: s.softmax_layers], x.scores, x.tokens
 
     place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
     for name, layers in [("teacher", range(len(teacher.model.layers))), *chosen.items()]:
@@ -1536,6 +1546,10 @@ def run(s, teacher, tokenizer, corpus) -> dict:
               f"{about}\n```python\n{code}\n```\n")  # fmt: skip
     return report
 
+def at_a_time(s, budget) -> int:
+    """Sequences of a micro-batch, before memory tells."""
+    return s.micro_batch or max(1, (2**15 if s.large else 2**16) // budget.length)
+
 def fits_one_process(student) -> bool:
     """Does a candidate, with teacher and activations beside it, fit the GPU of a process?"""
     gpu = torch.cuda.is_available()
@@ -1576,7 +1590,7 @@ def dry_run(s, config) -> str:
         model = student
         if name != "align":
             model = restore_attention(student, teacher, range(s.softmax_layers))
-        count = min(b.batch, s.micro_batch or max(1, 2**15 // b.length))
+        count = min(b.batch, at_a_time(s, b))
         batches = [torch.randint(s.vocab, (count, b.length)) for _ in range(3)]
         if gpu:
             torch.cuda.reset_peak_memory_stats()
