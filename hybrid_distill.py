@@ -361,7 +361,8 @@ def autocast(model):
 def last_hidden(model, tokens):
     """tokens [B, T], anywhere -> what goes into the LM head, [B, T, D], in product_dtype(model)."""
     with autocast(model):
-        hidden = model.model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+        tokens = tokens.to(model.device, non_blocking=True)
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
     return hidden.to(product_dtype(model))
 
 # --------------------------------------------------------------------------------------- the losses
@@ -626,6 +627,8 @@ def back_propagate(losses, tokens, micro_batch, trained):
     rank, world = rank_and_world() if is_sharded(trained) else (0, 1)
     require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
     mine, sums = tokens.chunk(world)[rank], collections.Counter()
+    if trained[0].is_cuda and not mine.is_cuda:
+        mine = mine.pin_memory()  # a copy to the GPU does not wait for what is queued there
     micro_batch = min(micro_batch or len(mine), len(mine))
     try:
         for part in mine.split(micro_batch):
@@ -838,10 +841,13 @@ def kl_to_teacher(student, teach, tokens):
 def distill_logits(student, teach, batches, steps, lr=1e-4, rest_lr=7e-6, **how) -> list[dict]:
     """Stage 2, distribution matching: KL(teacher || student), mean over tokens, all parameters.
 
-    teach: a TeacherPass. Starts from the stage-1 student with the chosen layers restored. Constant
-    learning rates, `lr` of attention and `rest_lr` of the rest (0 freezes it). how: micro_batch,
-    folder, as in `train`. Trains in place; returns the history ("kl").
+    teach: the teacher or, to share its passes, a TeacherPass. Starts from the stage-1 student with
+    the chosen layers restored. Constant learning rates, `lr` of attention and `rest_lr` of the rest
+    (0 freezes it). how: micro_batch, folder, as in `train`. Trains in place; returns the history
+    ("kl").
     """
+    teach = teach if isinstance(teach, TeacherPass) else TeacherPass(teach)
+
     def losses(tokens):
         yield "kl", kl_to_teacher(student, teach, tokens), 1.0
 
@@ -877,7 +883,7 @@ def evaluate(model, teach, held_out) -> dict[str, float]:
         counts.update(dict.fromkeys(found, count))
     model.train(mode)
     means = {name: total / counts[name] for name, total in sums.items()}
-    return means | {name: math.exp(means[name]) for name in means if name == "perplexity"}
+    return means | {name: math.exp(means[name]) for name in ("perplexity",) if name in means}
 
 # ---------------------------------------------------------------- stage S: KL-guided selection
 
