@@ -513,14 +513,14 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
     return student.float()
 
 def restore_attention(student, teacher, softmax_layers):
-    """A copy of the all-linear `student` with the teacher's attention in `softmax_layers`, on the
-    teacher's device."""
+    """A copy of the all-linear `student`, on its device, with the teacher's attention in
+    `softmax_layers`."""
     require(not student.config.softmax_layers, "attention is restored in all-linear students alone")
-    hybrid = copy.deepcopy(student).to(teacher.device)
+    hybrid = copy.deepcopy(student)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
-        hybrid.model.layers[i].self_attn = copy.deepcopy(teacher.model.layers[i].self_attn).float()
-        hybrid.model.layers[i].self_attn.config = hybrid.config
+        attention = copy.deepcopy(teacher.model.layers[i].self_attn).float().to(student.device)
+        hybrid.model.layers[i].self_attn, attention.config = attention, hybrid.config
     return hybrid
 
 def to_teachers_dtype(student):
@@ -920,7 +920,7 @@ class Selection:
         rank, world = (0, 1) if self.shard else rank_and_world()
         for name in [name for name in sets if keys[name] not in self.scores][rank::world]:
             hybrid = restore_attention(self.student, self.teach.teacher, sets[name])
-            hybrid = shard(hybrid) if self.shard else hybrid
+            hybrid = shard(hybrid) if self.shard else hybrid.to(self.teach.teacher.device)
             if steps:
                 distill_logits(hybrid, self.teach, self.batches, steps, self.budget.lr,
                                self.budget.rest_lr, micro_batch=self.micro_batch)  # fmt: skip
@@ -1029,10 +1029,11 @@ def gates(x, lr=0.1, pull=0.5):
         y_l  = a_l attn_l(x) + (1 - a_l) mixer_l(x),   a_l = sigmoid(theta_l), 1/2 at first
         loss = KL(teacher || student) + pull mean_l(a_l)
     """
-    student = restore_attention(x.student, x.teach.teacher, x.layers).requires_grad_(False)
-    linear = copy.deepcopy(nn.ModuleList(mixers(x.student).values())).requires_grad_(False)
-    linear.to(student.device)
-    theta = nn.Parameter(torch.zeros(len(linear), device=student.device, dtype=torch.float32))
+    device = x.teach.teacher.device
+    student = restore_attention(x.student, x.teach.teacher, x.layers).to(device)
+    linear = copy.deepcopy(nn.ModuleList(mixers(x.student).values())).to(device)
+    student.requires_grad_(False), linear.requires_grad_(False)
+    theta = nn.Parameter(torch.zeros(len(linear), device=device, dtype=torch.float32))
 
     def mixed(i, inputs, y):
         a = theta[i].sigmoid()
@@ -1155,7 +1156,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
     add("--micro-batch", type=int, help="sequences at a time [2^15 or 2^16 tokens, if they fit]")
     add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
-    add("--dry-run", action="store_true", help="two steps of every stage: tokens/s, hours, memory")
+    add("--dry-run", action="store_true", help="try a few steps of every stage: tokens/s, hours, memory")
     hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     for stage, budget in zip(STAGES, BUDGETS["paper"]):
         for name, value in dataclasses.asdict(budget).items():
@@ -1490,8 +1491,10 @@ def run(s, teacher, tokenizer, corpus) -> dict:
 
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
+    several = rank_and_world()[1] > 1
     if s.large:
         recompute_activations(student)
+        student.to("cpu" if several else s.device)  # a copy of it is sharded
     lowest = b["align"].lr / 100
     history = train_stage("align", align_hidden_states, student, teacher, final_lr=lowest)
     if s.large:
@@ -1503,7 +1506,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         x = Selection(
             student, teach, batches["select"], validation, s.softmax_layers, select, history,
             lambda model: corpus.recall(model)["recall"] or 0.0, file, at_once["select"],
-            not fits_one_process(student))  # fmt: skip
+            several and not fits_one_process(student))  # fmt: skip
         steps = max(1, s.select_from // (select.batch * select.length))
         layers = s.placed[name] if name in s.placed else select_layers(x, name, steps)
         chosen[name], scores[name], costs[name] = layers[: s.softmax_layers], x.scores, x.tokens
@@ -1519,9 +1522,10 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             model = teacher
             if name != "teacher":
                 model, rest_lr = restore_attention(student, teacher, layers), b["distill"].rest_lr
+                model = model if several and s.large else model.to(s.device)
                 train_stage("distill", distill_logits, model, teach, after=after, rest_lr=rest_lr)
                 train_stage("finetune", finetune, model, after=[*after, b["distill"]])
-                to_teachers_dtype(model)
+                to_teachers_dtype(model).to(s.device)
             if first:
                 row = {"softmax_layers": layers} | evaluate(model, teach, test)
                 row |= corpus.recall(model) | running_cost(model, b["finetune"].length)
@@ -1545,8 +1549,9 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     report |= {"chosen": chosen[s.select], "rows": rows, "scores": scores, "stages": stages}
     if first:
         write(out / "report.json", json.dumps(report, indent=1))
-        code = ("from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM."
-                f"from_pretrained({str(place)!r}, trust_remote_code=True)")  # fmt: skip
+        where = f"from_pretrained({str(place)!r}, trust_remote_code=True)"
+        code = ("from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+                f"model = AutoModelForCausalLM.{where}\ntokenizer = AutoTokenizer.{where}")  # fmt: skip
         write(out / "report.md", f"{table(rows)}\nKL (nats), perplexity: test part; cost: tokens "
               "that candidates trained on. Every student had the same stages 2 and 3.\n\n"
               f"{about}\n```python\n{code}\n```\n")  # fmt: skip
@@ -1583,7 +1588,8 @@ def table(rows: list[dict]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 def dry_run(s, config) -> str:
-    """Two steps of every stage, on random weights and tokens -> a table of what a run will take."""
+    """Three steps of every stage on random weights and tokens -> a table of what a run will take,
+    by the last of them: the first ones compile."""
     with torch.device(s.device):
         teacher = AutoModelForCausalLM.from_config(config).to(teacher_dtype(s)).eval()
     student, rows, gpu = transfer_attention(teacher, mixer=s.mixer), [], s.device.startswith("cuda")
@@ -1595,7 +1601,7 @@ def dry_run(s, config) -> str:
         stage, *models = others.get(name, (distill_logits, TeacherPass(teacher, room=0)))
         model = student
         if name != "align":
-            model = restore_attention(student, teacher, range(s.softmax_layers))
+            model = restore_attention(student, teacher, range(s.softmax_layers)).to(s.device)
         count = min(b.batch, at_a_time(s, b))
         batches = [torch.randint(s.vocab, (count, b.length)) for _ in range(3)]
         if gpu:
