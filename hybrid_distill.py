@@ -1156,7 +1156,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
     add("--micro-batch", type=int, help="sequences at a time [2^15 or 2^16 tokens, if they fit]")
     add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
-    add("--dry-run", action="store_true", help="try a few steps of every stage: tokens/s, hours, memory")
+    add("--dry-run", action="store_true", help="try every stage: tokens/s, hours, memory")
     hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     for stage, budget in zip(STAGES, BUDGETS["paper"]):
         for name, value in dataclasses.asdict(budget).items():
@@ -1550,8 +1550,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     if first:
         write(out / "report.json", json.dumps(report, indent=1))
         where = f"from_pretrained({str(place)!r}, trust_remote_code=True)"
-        code = ("from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-                f"model = AutoModelForCausalLM.{where}\ntokenizer = AutoTokenizer.{where}")  # fmt: skip
+        code = ("from transformers import AutoModelForCausalLM, AutoTokenizer\nmodel = "
+                f"AutoModelForCausalLM.{where}\ntokenizer = AutoTokenizer.{where}")  # fmt: skip
         write(out / "report.md", f"{table(rows)}\nKL (nats), perplexity: test part; cost: tokens "
               "that candidates trained on. Every student had the same stages 2 and 3.\n\n"
               f"{about}\n```python\n{code}\n```\n")  # fmt: skip
