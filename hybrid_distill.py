@@ -46,6 +46,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -338,7 +339,7 @@ def _tell_mixers(decoder, args, kwargs):
         # whose softmax layers part sequences without a cache alone.
         starts = F.pad(positions.diff(dim=-1) != 1, (1, 0))
         kwargs = {**kwargs, "sequence_starts": starts}
-        cached, compiling = call.get("use_cache") is not False, torch.compiler.is_compiling()
+        cached, compiling = call.get("use_cache") in (None, True), torch.compiler.is_compiling()
         if cached and not compiling and starts.any():
             require(not call.get("use_cache"), "packed sequences need use_cache=False")
             kwargs["use_cache"] = False
@@ -375,19 +376,21 @@ def alignment_loss(y_student, y_teacher):
 def compiled(function):
     """On a GPU the function runs through torch.compile, in 2 passes over its tensors, not 20;
     elsewhere, and where the compiler fails, which is said once, as it is."""
-    fast = {}
+    fast = []  # the compiled function, made when first needed, or None
 
     @functools.wraps(function)
     def call(*tensors):
+        if not tensors[0].is_cuda or fast == [None]:
+            return function(*tensors)
         try:
-            if tensors[0].is_cuda and "failed" not in fast:
-                fast[""] = fast.get("") or torch.compile(function, dynamic=False)
-                return fast[""](*tensors)
+            fast[:] = fast or [torch.compile(function, dynamic=False)]
+            return fast[0](*tensors)
         except torch.OutOfMemoryError:  # says nothing about the compiler
             raise
         except Exception as error:  # whatever a compiler or a driver throws
-            fast["failed"] = warnings.warn(f"{function.__name__} runs uncompiled: {error!r:.200}")
-        return function(*tensors)
+            fast[:] = [None]
+            warnings.warn(f"{function.__name__} runs uncompiled: {error!r:.200}")
+            return function(*tensors)
     return call
 
 @compiled
@@ -420,6 +423,8 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
     most `chunk` rows of logits exist at a time, forward and backward. ValueError for shapes that do
     not fit. To copy it out take kl_rows, compiled, ChunkedLoss and mean_of_rows along.
     """
+    if getattr(teacher_head, "bias", None) is not None:
+        raise ValueError("a head with a bias is not supported")
     sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
     shapes = [(*h.shape[:-1], len(getattr(W, "weight", W))) for h, W in sides]
     if shapes[0] != shapes[1]:
@@ -510,7 +515,7 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
     student.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     student.config.mixer, student.config.product_dtype = mixer, str(teacher.dtype)[6:]
     swap_attention(student)
-    return student.float()
+    return student.float().requires_grad_(True)  # a teacher may be frozen
 
 def restore_attention(student, teacher, softmax_layers):
     """A copy of the all-linear `student`, on its device, with the teacher's attention in
@@ -519,8 +524,9 @@ def restore_attention(student, teacher, softmax_layers):
     hybrid = copy.deepcopy(student)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
-        attention = copy.deepcopy(teacher.model.layers[i].self_attn).float().to(student.device)
-        hybrid.model.layers[i].self_attn, attention.config = attention, hybrid.config
+        attention = copy.deepcopy(teacher.model.layers[i].self_attn).requires_grad_(True)
+        hybrid.model.layers[i].self_attn = attention.float().to(student.device)
+        attention.config = hybrid.config
     return hybrid
 
 def to_teachers_dtype(student):
@@ -815,12 +821,13 @@ class TeacherPass:
     """tokens [B, T] -> the teacher's last hidden states [B, T, D], made once and remembered.
 
     All candidates, rows and evaluations see the same batches, so they share them: in host memory,
-    up to `room` bytes (default: an eighth of it); what finds no room is made again.
+    up to `room` bytes (an eighth of it for the processes of a host); what finds none is made again.
     """
     def __init__(self, teacher, room=None):
         check_teacher(teacher)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self.teacher, self.room, self.made = teacher, memory // 8 if room is None else room, {}
+        share = memory // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.teacher, self.room, self.made = teacher, share if room is None else room, {}
 
     @torch.no_grad()
     def __call__(self, tokens):
@@ -980,13 +987,13 @@ def mse(x):
     return ablate(x, lambda hidden, before, tokens: (hidden - before).float().square().mean())
 
 def ppl(x):
-    """The same zeroing: the log of the teacher's perplexity, which ranks as perplexity does."""
+    """The same zeroing: the loss on every token, which ranks as perplexity does."""
     return ablate(x, lambda hidden, before, tokens: cross_entropy_loss(
         hidden[:, :-1], x.teach.teacher.lm_head, tokens[:, 1:].to(hidden.device)))  # fmt: skip
 
 @torch.no_grad()
 def ablate(x, error):
-    """{l: mean over validation tokens of error(hidden states without l, with l, tokens)}."""
+    """{l: sum over validation tokens of error(hidden states without l, with l, tokens)}."""
     sums = dict.fromkeys(x.layers, 0.0)
     for tokens in itertools.chain(*x.validation.values()):
         before = x.teach(tokens)
@@ -1032,7 +1039,7 @@ def gates(x, lr=0.1, pull=0.5):
     device = x.teach.teacher.device
     student = restore_attention(x.student, x.teach.teacher, x.layers).to(device)
     linear = copy.deepcopy(nn.ModuleList(mixers(x.student).values())).to(device)
-    student.requires_grad_(False), linear.requires_grad_(False)
+    student.train().requires_grad_(False), linear.requires_grad_(False)
     theta = nn.Parameter(torch.zeros(len(linear), device=device, dtype=torch.float32))
 
     def mixed(i, inputs, y):
@@ -1067,13 +1074,14 @@ def select_layers(x: Selection, strategy="ga-s2", first_steps=None) -> list[int]
     """The layers by a score in SELECTORS, best first: x.k of them stay softmax.
 
     first_steps: candidates train for so many steps, then anew for 2, 4, ... times as many, until
-    the K best are the same twice or x.budget.steps are reached: at no more than twice the cost.
+    the K best are the same twice or x.budget.steps are reached: at up to three times its cost.
     """
     best, x.steps = None, min(first_steps or x.budget.steps, x.budget.steps)
     while True:
-        found = SELECTORS[strategy](x)
+        known, found = len(x.spent), SELECTORS[strategy](x)
         ranking = found if isinstance(found, list) else best_first(found)
-        if set(ranking[: x.k]) == best or x.steps == x.budget.steps or not x.spent:
+        agree = set(ranking[: x.k]) == best and len(x.spent) > known  # by a new training
+        if agree or x.steps == x.budget.steps or not x.spent:
             return gather(ranking)[0]  # ties may break differently on another GPU
         best, x.steps = set(ranking[: x.k]), min(2 * x.steps, x.budget.steps)
 
@@ -1175,6 +1183,8 @@ def resolve(s, config, parameters: int) -> None:
     for stage, default in zip(STAGES, BUDGETS[s.budget]):
         values = dataclasses.asdict(default).items()
         s.budgets[stage] = Budget(*(getattr(s, f"{stage}_{n}", value) for n, value in values))
+        require(s.budgets[stage].batch % rank_and_world()[1] == 0, f"--{stage}-batch must be a multiple "
+                f"of the {rank_and_world()[1]} processes, which share it")  # fmt: skip
     s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
     s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
     if s.baselines is None:
@@ -1189,7 +1199,7 @@ def resolve(s, config, parameters: int) -> None:
     s.names = [s.select, *dict.fromkeys(name for name in rows if name not in ("none", s.select))]
     s.placed = {s.select: check_layers(given, L)} if given else {"all-linear": []}
     for name in {*s.names} - {*SELECTORS, *s.placed, "all-linear"}:
-        right = name in RULES or name.startswith("published")
+        right = name in RULES or name.partition(":")[0] == "published"
         require(right, f"--select and --baselines take {known}, not {name!r}")
         published = [] if name in RULES else published_layers(name, k, s.teacher or "")
         s.placed[name] = published or RULES[name](L, k, s.seed)
@@ -1255,12 +1265,12 @@ class Corpus:
         kinds = self.sample(part, count, length, seeded(self.seed, part, length))
         return {kind: [*tokens.split(16)] for kind, tokens in kinds.items()}
 
-    def recall(self, model, lengths=(512, 1024, 2048, 4096), count=32) -> dict:
-        """The share of needles found, one or one of four, in so many tokens of the test part."""
-        found, filler = {}, self.parts["test"]
+    def recall(self, model, part="test", lengths=(512, 1024, 2048, 4096), count=32) -> dict:
+        """The share of needles found, one or one of four, in so many tokens of a part."""
+        found, filler = {}, self.parts[part]
         for length, needles in itertools.product(lengths, (1, 4)):
             if self.tokenizer and length < len(filler):
-                draw = seeded(self.seed, length, needles)
+                draw = seeded(self.seed, part, length, needles)
                 prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
                 found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
         mean = sum(found.values()) / len(found) if found else None  # too little text to hide in
@@ -1298,9 +1308,9 @@ class EmbeddedCorpus(Corpus):
         asked = known.gather(1, order[..., None].expand(-1, -1, 2))
         return {"text": text, "recall": torch.cat([known, asked], 1).flatten(1)[:, :length]}
 
-    def recall(self, model, count=256) -> dict:
+    def recall(self, model, part="test", count=256) -> dict:
         """The share of right answers to prompts of 32 pairs; chance is 6 %."""
-        prompts = recall_prompts(32, count, seeded(self.seed, "recall"))
+        prompts = recall_prompts(32, count, seeded(self.seed, "recall", part))
         return {"recall": recall_accuracy(model, *prompts)}
 
 def load_tokens(s, tokenizer):
@@ -1471,23 +1481,31 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     """
     out, b, first, teach = Path(s.out), s.budgets, rank_and_world()[0] == 0, TeacherPass(teacher)
     code = [of for of in MIXERS[s.mixer].__mro__ if issubclass(of, Mixer)]
-    code += [alignment_loss, kl_rows, cross_entropy_rows, ChunkedLoss, train, parameter_groups]
+    code += [Norm, alignment_loss, kl_rows, cross_entropy_rows, mean_of_rows, ChunkedLoss, train,
+             back_propagate, parameter_groups, cosine, align_hidden_states, distill_logits, finetune,
+             Corpus, EmbeddedCorpus, sys.modules[chunk_gla.__module__]]  # fmt: skip
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
-    base = [s.seed, s.mixer, str(teacher.dtype), corpus.identity, s.held_out, weights]
+    config = {n: str(value) for n, value in teacher.config.to_dict().items() if "_" != n[0]}
+    config.pop("transformers_version", None)
+    base = [s.seed, s.mixer, str(teacher.dtype), config, corpus.identity, s.held_out, weights]
     base += map(inspect.getsource, code)
     batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
+    for name in b:
+        batches[name](0)  # data too short for a stage are told before anything trains
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
     at_once = {name: at_a_time(s, budget) for name, budget in b.items()}
-    stages, chosen, costs, scores, rows = {}, {}, {}, {}, []
+    chosen, costs, folders, rows = {}, {}, [], []
+    chip = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "CPU"
 
-    def train_stage(name, stage, *models, after=(), **rates):
+    def folder_of(name, after):
+        folders.append(out / f"{name}-{key([base, *after, b[name]])}")
+        return folders[-1]
+
+    def train_stage(name, stage, *models, folder, **rates):
         torch.manual_seed(s.seed)
-        folder = out / f"{name}-{key([base, *after, b[name]])}"
         how = dict(folder=folder, micro_batch=at_once[name], **rates)
-        history = sharded(stage, *models, batches[name], b[name].steps, b[name].lr, **how)
-        stages[folder.name] = history
-        return history
+        return sharded(stage, *models, batches[name], b[name].steps, b[name].lr, **how)
 
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
@@ -1495,8 +1513,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     if s.large:
         recompute_activations(student)
         student.to("cpu" if several else s.device)  # a copy of it is sharded
-    lowest = b["align"].lr / 100
-    history = train_stage("align", align_hidden_states, student, teacher, final_lr=lowest)
+    history = train_stage("align", align_hidden_states, student, teacher,
+                          folder=folder_of("align", []), final_lr=b["align"].lr / 100)  # fmt: skip
     if s.large:
         student.cpu()  # it is copied for every candidate, and the GPU is theirs
     select = b["select"]
@@ -1505,16 +1523,18 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         torch.manual_seed(s.seed)
         x = Selection(
             student, teach, batches["select"], validation, s.softmax_layers, select, history,
-            lambda model: corpus.recall(model)["recall"] or 0.0, file, at_once["select"],
+            lambda model: corpus.recall(model, "validation")["recall"] or 0.0, file, at_once["select"],
             several and not fits_one_process(student))  # fmt: skip
         steps = max(1, s.select_from // (select.batch * select.length))
         layers = s.placed[name] if name in s.placed else select_layers(x, name, steps)
-        chosen[name], scores[name], costs[name] = layers[: s.softmax_layers], x.scores, x.tokens
+        chosen[name], costs[name] = layers[: s.softmax_layers], x.tokens
 
     place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
     for name, layers in [("teacher", range(len(teacher.model.layers))), *chosen.items()]:
         layers, after = sorted(layers), [b["align"], sorted(layers)]
-        row_of = [base, *after, b["distill"], b["finetune"], name == "teacher"]
+        row_of = [base, *after, b["distill"], b["finetune"], name == "teacher", repr(tokenizer), chip]
+        if name != "teacher":
+            saves = folder_of("distill", after), folder_of("finetune", [*after, b["distill"]])
         file = out / f"row-{key(row_of)}.json"
         # of this very row: another rate, seed or teacher may have left a student of these layers
         saved = name != s.select or (place / file.name).exists()
@@ -1523,8 +1543,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             if name != "teacher":
                 model, rest_lr = restore_attention(student, teacher, layers), b["distill"].rest_lr
                 model = model if several and s.large else model.to(s.device)
-                train_stage("distill", distill_logits, model, teach, after=after, rest_lr=rest_lr)
-                train_stage("finetune", finetune, model, after=[*after, b["distill"]])
+                train_stage("distill", distill_logits, model, teach, folder=saves[0], rest_lr=rest_lr)
+                train_stage("finetune", finetune, model, folder=saves[1])
                 to_teachers_dtype(model).to(s.device)
             if first:
                 row = {"softmax_layers": layers} | evaluate(model, teach, test)
@@ -1538,16 +1558,18 @@ def run(s, teacher, tokenizer, corpus) -> dict:
                 write(file, json.dumps(row))
             gather("the row is written")
         rows.append({"name": name, **json.loads(file.read_text()), "cost": costs.get(name, 0)})
-    chip = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "CPU"
     report = {
-        "command": " ".join(["python", *sys.argv]), "teacher": s.teacher or "embedded",
+        "command": shlex.join(["python", *sys.argv]), "teacher": s.teacher or "embedded",
         "data": s.data or "embedded", "seed": s.seed, "K": s.softmax_layers, "mixer": s.mixer,
         "student": str(place),
         "machine": f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}",
         **{stage: dataclasses.asdict(budget) for stage, budget in b.items()}}  # fmt: skip
     about = "".join(f"- {name}: {cell(value)}\n" for name, value in report.items())
-    report |= {"chosen": chosen[s.select], "rows": rows, "scores": scores, "stages": stages}
+    report |= {"chosen": chosen[s.select], "rows": rows, "scores": x.scores}
     if first:
+        files = {folder.name: folder / "metrics.jsonl" for folder in folders}
+        report["stages"] = {name: [*map(json.loads, file.read_text().splitlines())]
+                            for name, file in files.items() if file.exists()}  # fmt: skip
         write(out / "report.json", json.dumps(report, indent=1))
         where = f"from_pretrained({str(place)!r}, trust_remote_code=True)"
         code = ("from transformers import AutoModelForCausalLM, AutoTokenizer\nmodel = "
@@ -1562,10 +1584,11 @@ def at_a_time(s, budget) -> int:
     return s.micro_batch or max(1, (2**15 if s.large else 2**16) // budget.length)
 
 def fits_one_process(student) -> bool:
-    """Does a candidate, with teacher and activations beside it, fit the GPU of a process?"""
+    """Does a candidate, with teacher and activations beside it, fit the GPU of every process?"""
     gpu = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if gpu else math.inf
-    return 18 * student.num_parameters() < 0.6 * memory  # weight, gradient, moments; the teacher
+    fits = 18 * student.num_parameters() < 0.6 * memory  # weight, gradient, moments; the teacher
+    return all(gather(fits))
 
 def recompute_activations(model) -> None:
     """Gradient checkpointing of every decoder layer in training (renamed within transformers 5)."""
@@ -1594,7 +1617,8 @@ def dry_run(s, config) -> str:
         teacher = AutoModelForCausalLM.from_config(config).to(teacher_dtype(s)).eval()
     student, rows, gpu = transfer_attention(teacher, mixer=s.mixer), [], s.device.startswith("cuda")
     others = dict(align=(align_hidden_states, teacher), finetune=(finetune,))
-    times = dict.fromkeys(STAGES, len(s.names)) | {"align": 1, "select": config.num_hidden_layers}
+    scored = config.num_hidden_layers * any(name in SELECTORS for name in s.names)
+    times = dict.fromkeys(STAGES, len(s.names)) | {"align": 1, "select": scored}
     if s.large:
         recompute_activations(student)
     for name, b in s.budgets.items():
@@ -1616,7 +1640,7 @@ def dry_run(s, config) -> str:
         row |= {"hours": times[name] * tokens / speed / 3600}
         rows.append(row | {"GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else None})
     hours = sum(row["hours"] for row in rows)
-    return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations."
+    return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations.\n"
 
 def join_torchrun(s) -> None:
     """Join the other processes, if torchrun started this one."""
@@ -1640,7 +1664,8 @@ def main(argv=None) -> int:
         config, parameters = load_config(s)
         resolve(s, config, parameters)
         if s.dry_run:
-            print(dry_run(s, config))
+            plan = dry_run(s, config)
+            print(plan if first else "", end="")
             return 0
         with one_sentence(f"cannot write in --out {s.out}"):
             out.mkdir(parents=True, exist_ok=True)
