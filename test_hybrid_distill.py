@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -632,8 +631,8 @@ def test_what_cannot_work_says_so():
         (hd.UserError, "'dynamic'", lambda: write(cache_implementation="static")),
         (hd.UserError, "'dynamic'", lambda: student(x, **{CACHE: static})),
         (hd.UserError, "not a PagedCache", lambda: mixer(torch.ones(1, 6, 32), cache=paged)),
-        (hd.UserError, "'paged'", lambda: write(cache_implementation="paged")),
-        (hd.UserError, "assistant_early_exit", lambda: write(assistant_early_exit=2)),
+        (hd.UserError, "no paged cache", lambda: write(cache_implementation="paged")),
+        (hd.UserError, "no assisted decoding", lambda: write(assistant_early_exit=2)),
         (hd.UserError, "another model", lambda: student(x, **{CACHE: theirs})),
         (hd.UserError, r"\[batch, tokens\]", lambda: student(x, attention_mask=x[None, None])),
         (hd.UserError, "without one", lambda: student(x, attention_mask=x, cu_seq_lens_q=ends)),
@@ -858,7 +857,7 @@ def test_a_bf16_teachers_student_trains_in_fp32_and_comes_back(name, watch):
     dtypes = lambda tensors: {x.dtype for x in tensors}
     during = watch(hd.GatedDeltaNet, "forward", lambda self, *_, **how: dtypes(self.parameters()))
     # q_norm and k_norm give fp32, which would slow the kernel
-    inside = watch(kernels, "checked", lambda backend, *x: dtypes(x[:3]))
+    inside = watch(kernels, "check_inputs", lambda *x: dtypes(x[:3]))
     student, _ = stage(name, teacher, 2)
     assert set.union(*during) == {torch.float32} and set.union(*inside) == {torch.bfloat16}
     assert dtypes(student.parameters()) == {torch.float32} and not student.training
@@ -1107,8 +1106,8 @@ def test_rules_and_published_selections():
     assert place("uniform", 28, 4) == [6, 13, 20, 27] and place("centred", 6, 1) == [3]
     assert place("centred", 28, 4) == [3, 10, 17, 24]
     assert place("first", 6, 2) == [0, 1] and place("last", 6, 2) == [4, 5]
-    draws = [place(f"random{n}", 28, 7, seed) for seed in (0, 1) for n in ("", "-1", "-2")]
-    assert len(set(map(tuple, draws))) == 6 and draws[0] == place("random", 28, 7, 0)
+    draws = [place("random", 28, 7, seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2] and len({*draws[0]} & {*range(28)}) == 7
     published, llama = hd.published_layers, "meta/Llama-3.2-3B-Instruct/"
     assert published("published", 7, llama) == [14, 8, 5, 12, 15, 13, 2]
     assert published("published:ar", 3, llama) == [0, 16, 11]
@@ -1133,8 +1132,8 @@ def transfer(*args, **how):
      lambda: hd.transfer_attention(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12)), [0])),
     ("no linear layer", lambda: hd.align_hidden_states(transfer(range(4)), make_teacher(), [], 1)),
     ("float16", lambda: hd.TeacherPass(make_teacher().half())),
-    *[(f"1 to 4 layers .* not {k}", lambda k=k: selection(make_teacher(), k)) for k in (0, 5)],
-    ("of an all-linear student", lambda: selection(make_teacher(), 1, kept=[1])),
+    *[(f"within 1..4, .* not {k} of", lambda k=k: selection(make_teacher(), k)) for k in (0, 5)],
+    ("of one with 3 linear", lambda: selection(make_teacher(), 1, kept=[1])),
     ("all-linear", lambda: hd.restore_attention(transfer([1]), make_teacher(), [2])),
     ("a teacher that recalls", lambda: select_by(make_teacher(), "ar", recall=lambda _: 0.0)),
     ("batch of 2 or more",
@@ -1210,7 +1209,7 @@ def test_tokens_are_of_the_tokenizer_at_hand_and_within_the_vocabulary(tmp_path,
     hd.load_tokens(s, hd.byte_tokenizer())
     assert len(made) == 3 == len([*tmp_path.glob("run/tokens-*.npy")])
     s.vocab, s.seed = 380, 1
-    with pytest.raises(hd.UserError, match="tokenizer gives a token 380.* embeddings of 380"):
+    with pytest.raises(hd.UserError, match="tokenizer gives a token 380.* 380 embeddings"):
         hd.load_tokens(s, merged)
 
 def test_parts_are_disjoint_and_batches_a_function_of_the_step(folder):
@@ -1267,7 +1266,7 @@ def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch)
         assert len(steps) == new and equal(weights(load(student)), kept) == (new == 0)
 
 def test_a_report_says_what_made_it_and_how_to_load_it(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["hybrid_distill.py", "--seed", "7", "with space"])
+    monkeypatch.setattr(sys, "argv", ["hybrid_distill.py", "--seed", "7"])
     names = "avg-s2,mse,gates,first"
     report = ran(folder, "--baselines", names, "--seed", 7)
     text, rows = (folder / "run" / "report.md").read_text(), {r["name"]: r for r in report["rows"]}
@@ -1275,12 +1274,12 @@ def test_a_report_says_what_made_it_and_how_to_load_it(folder, monkeypatch, caps
     assert rows["avg-s2"]["cost"] == 2 * rows["ga-s2"]["cost"] == 8 * 64
     assert rows["mse"]["cost"] == rows["first"]["cost"] == 0 < rows["gates"]["cost"]
     about = {"seed": 7, "K": 1, "teacher": str(folder / "teacher"), "data": str(folder / "ids.npy"),
-             "command": "python hybrid_distill.py --seed 7 'with space'"}  # fmt: skip
+             "command": "python hybrid_distill.py --seed 7"}  # fmt: skip
     for name, value in about.items():
-        assert report[name] == value and f"- {name}: `{value}`\n" in text
-    assert report["budgets"]["finetune"]["length"] == 32 and "| avg-s2 |" in text
-    assert "- finetune: tokens: 64, length: 32" in text
-    assert {stage["stage"].split("-")[0] for stage in report["stages"]} == set(STAGES)
+        assert report[name] == value and f"- {name}: {value}\n" in text
+    assert report["finetune"]["length"] == 32 and "| avg-s2 |" in text
+    assert "- finetune: tokens 64, length 32" in text
+    assert {name.split("-")[0] for name in report["stages"]} == set(STAGES)
     assert set(report["scores"]["ga-s2"]) == {f"[{i}] after 2" for i in range(4)}
     code = text.split("```python\n")[1].split("```")[0]
     exec(code, loaded := {})
@@ -1307,7 +1306,7 @@ def test_changed_data_teacher_or_mixer_is_not_taken_for_the_old_one(folder, monk
 def test_a_dry_run_says_how_long_a_run_takes(folder, capsys):
     assert hd.main(arguments(folder, "--dry-run", "--select-from", 16)) == 0
     head, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.strip().split("\n")]
-    assert head[0] == "| stage" and head[4] == "hours" and "In all about" in rows[-1][0]
+    assert head[0] == "| stage" and head[4] == "hours" and rows[-1][0].startswith("In all ")
     wanted = "| align 64 1 | select 48 4 | distill 64 3 | finetune 64 3"
     assert " ".join(" ".join(row[:3]) for row in rows[:4]) == wanted
     assert all(float(row[3].replace(",", "")) > 0 < float(row[4]) for row in rows[:4])
@@ -1320,21 +1319,21 @@ WRONG = [
     (["--device", "abacus"], "cannot use --device abacus"),
     (["--held-out", "0"], "--held-out must be at least 1"),
     (["--select", "1,2"], "--select lists 2 layers, not 1"),
-    (["--select", "best"], "or one of ga-s1, ga-s2, gr-s2"),
+    (["--select", "best"], "take 3,7,11, ga-s1, ga-s2, gr-s2"),
     (["--select", "9"], "softmax layers must be distinct and within 0..3"),
     (["--data", "nothing.txt"], "--data nothing.txt: there is no such file"),
     (["--teacher", "mute"], "error: cannot use the tokenizer of --teacher mute"),
-    (["--data", "null.jsonl", "--text-column", "x"], "--text-column is one of text"),
+    (["--data", "null.jsonl", "--text-column", "x"], "--text-column is one of ['text']"),
     (["--teacher", "./nowhere/at"], "--teacher ./nowhere/at: there is no such file"),
     (["--softmax-layers", "0"], "error: --softmax-layers must be within 1..4, not 0"),
     (["--softmax-layers", "5"], "error: --softmax-layers must be within 1..4, not 5"),
     (["--select", "published"], "no selection of 1 layers is published for 'teacher'"),
     (["--baselines", "middle"], "not 'middle'"), (["--data", "empty.jsonl"], "it is empty"),
-    (["--micro-batch", "-1"], "--micro-batch must be within 0"), (["--align-lr", "0"], "lr > 0"),
+    (["--micro-batch", "-1"], "--micro-batch must be at least 1"), (["--align-lr", "0"], "lr > 0"),
     (["--out", "bad.txt"], "cannot write in --out bad.txt"), ([], "is in use by another process"),
     (["--data", "null.jsonl"], "it holds no text"), (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
     (["--data", "empty.jsonl", "--data-config", "x"], "--data-config is for a dataset of the hub"),
-    (["--align-batch", "0"], "a stage needs tokens, a batch"), (["--held-out", "5000"], "part has"),
+    (["--align-batch", "0"], "a stage wants tokens, a batch"), (["--held-out", "5000"], "part has"),
     *[(["--data", f"wrong-{n}.npy"], "it must hold a row of token ids, integers below 384")
       for n in range(5)],
 ]  # fmt: skip
@@ -1498,13 +1497,6 @@ def test_recall_counts_whole_answers():
 
     model, prompts = types.SimpleNamespace(device="cpu", generate=generate), tokens(8, 5)
     assert hd.recall_accuracy(model, prompts, prompts[:, :2]) == 0.5
-
-def test_readme_links_stand_on_their_lines():
-    lines = (HERE / "hybrid_distill.py").read_text().splitlines()
-    rows = re.findall(r"hybrid_distill\.py#L(\d+)\)[^`\n]*`(\w+)", (HERE / "README.md").read_text())
-    assert len(rows) >= 9
-    for number, name in rows:
-        assert re.match(rf"(def|class) {name}\b", lines[int(number) - 1]), (number, name)
 
 # ---------------------------------------------------------------------- processes of their own
 
