@@ -1047,12 +1047,12 @@ def test_what_was_scored_is_not_trained_again(tmp_path, monkeypatch, watch):
 def test_candidates_double_until_the_best_agree_twice(k, first, wanted, monkeypatch):
     best = {1: [0, 1], 2: [1, 0], 4: [2, 1], 8: [2, 3], 3: [0, 1], 6: [1, 2], 12: [2, 3], 20: [3]}
     seen, x = [], selection(planted([2]), k, budget=hd.Budget(64 * 20, 16, 4, 1e-3))
-    scripted = lambda x: x.count(1) or seen.append(x.steps) or best[x.steps]
+    scripted = lambda x: x.spent.update(a=1) or seen.append(x.steps) or best[x.steps]
     monkeypatch.setitem(hd.SELECTORS, "scripted", scripted)
     assert hd.select_layers(x, "scripted", first) == best[wanted[-1]] and seen == wanted
-    if first == 1:  # planted: agreed at once; untrained: nothing to double
-        costs = [select_by(planted([2]), name, 1, 1)[1].tokens for name in ("ga-s2", "zero-shot")]
-        assert costs == [64 * 4 * (1 + 2), 0]
+    if wanted == [1, 2]:  # planted: agreed at once; gates are trained once, the others not at all
+        steps = {"ga-s2": 4 * (1 + 2), "zero-shot": 0, "gates+ga-s2": 100 + 2 * (1 + 2)}
+        assert all(select_by(planted([2]), s, 1, 1)[1].tokens == 64 * steps[s] for s in steps)
 
 def test_smart_spreads_the_most_sensitive_layers(monkeypatch):
     best = [0.0, 9, 1, 1, 5, 1, 1, 9, 0]
