@@ -31,7 +31,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, dynamic_module_utils
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.cache_utils import Cache
 
 import hybrid_distill as hd
 import kernels
@@ -77,9 +76,6 @@ def tokens(*shape, seed=0):
 def same(a, b, tolerance=2e-5):
     a, b = a.detach(), b.detach()
     assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
-
-def cache_of(output):
-    return next(value for value in output.values() if isinstance(value, Cache))
 
 class Weights(dict):
     def __repr__(self):  # pytest shows what a failed assert compared; all the numbers take minutes
@@ -141,15 +137,10 @@ def right(inputs, limit, rule=rule, **options):
 def run_rule(q, k, v, g, beta, S, rule=rule, **options):
     return rule(q, k, v, g, beta, None, S, True, True, **options)
 
-def example(*shape, kind):
-    """As kernels.example; in "forgetful" the log-decays of "underflow" are -inf."""
-    q, k, v, g, *others = kernels.example(*shape, kind.replace("forgetful", "underflow"))
-    return [q, k, v, g.where((g > -1000) | (kind == "underflow"), -torch.inf), *others]
-
-@pytest.mark.parametrize("kind", ["random", "identical", "underflow", "forgetful"])
+@pytest.mark.parametrize("kind", ["random", "identical", "underflow"])
 @pytest.mark.parametrize("T,Dk,Dv", [(1, 16, 16), (63, 60, 100), (75, 100, 60), (200, 64, 128)])
 def test_chunked_pytorch_is_the_recurrence(T, Dk, Dv, kind):
-    right(example(2, T, 2, 4, Dk, Dv, kind=kind), 1e-5, backend="torch")
+    right(kernels.example(2, T, 2, 4, Dk, Dv, kind), 1e-5, backend="torch")
 
 def test_chunked_pytorch_has_one_gradient_ignores_autocast_and_copies_out():
     inputs = [x.double().requires_grad_() for x in kernels.example(1, 37, 1, 2, 3, 4)]
@@ -164,17 +155,6 @@ def test_chunked_pytorch_has_one_gradient_ignores_autocast_and_copies_out():
         with torch.autocast("cpu", torch.bfloat16):
             found = run_rule(*inputs, each)
         assert all(map(torch.equal, run_rule(*inputs, each), found))
-
-def test_a_trial_inside_a_checkpoint_stays_out_of_its_bookkeeping():
-    inputs, trials = kernels.example(1, 20, 1, 1, 16, 16)[:5], []
-
-    def traced(*x):
-        if not trials:
-            trials.extend(kernels.errors(rule, kernels.example(1, 130, 1, 1, 16, 16)))
-        return rule(*x)
-
-    inside = gradients(functools.partial(checkpoint, traced, use_reentrant=False), inputs)
-    assert max(trials) < 1e-5 and all(map(torch.equal, inside, gradients(rule, inputs)))
 
 def check_packed(limit, inputs, rule=rule, truth=recurrent, **options):
     """Three sequences in one row, cu_seqlens strided on purpose: each is what it is alone."""
@@ -198,10 +178,10 @@ def check_packed(limit, inputs, rule=rule, truth=recurrent, **options):
 @interpreted
 @pytest.mark.parametrize("T,HV,Dk,Dv,kind", [
     (1, 1, 16, 16, "random"), (33, 1, 60, 100, "random"), (70, 2, 16, 24, "underflow"),
-    (70, 1, 100, 20, "identical"), (40, 1, 130, 20, "random"), (40, 1, 16, 24, "forgetful"),
+    (70, 1, 100, 20, "identical"), (40, 1, 130, 20, "random"),
 ])  # fmt: skip
 def test_interpreted_triton_is_the_recurrence(T, HV, Dk, Dv, kind):
-    right(example(1, T, 1, HV, Dk, Dv, kind=kind), 2e-4, backend="triton")
+    right(kernels.example(1, T, 1, HV, Dk, Dv, kind), 2e-4, backend="triton")
 
 @interpreted
 def test_interpreted_triton_packed_in_fp16_of_nan_under_autocast_checkpointing_and_compile():
@@ -263,32 +243,25 @@ def test_the_step_is_plain_where_gradients_are_wanted_and_both_are_compiled(monk
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("heads", [(64, 64), (128, 128), (60, 100), (256, 256)], ids=str)
-def test_every_kernel_on_the_gpu_is_the_recurrence_and_taken(heads, dtype, recwarn):
-    for kind, like in (("random", 1), ("identical", 1 + (heads[0] == 256)), ("underflow", 1)):
+def test_every_kernel_on_the_gpu_is_the_recurrence_and_taken(dtype):
+    for heads, kind in itertools.product(((64, 64), (60, 100)), ("random", "identical")):
         inputs = kernels.example(2, 200, 2, 4, *heads, kind, dtype, "cuda")
-        right(inputs, like * kernels.LIMITS[dtype], kernels.triton_chunk_gated_delta_rule)
+        right(inputs, kernels.LIMITS[dtype], kernels.triton_chunk_gated_delta_rule)
+        assert all(map(torch.equal, run_rule(*inputs), run_rule(*inputs, backend="triton")))
     packed = kernels.example(2, 130, 1, 2, 64, 64, "random", dtype, "cuda")
     check_packed(2 * kernels.LIMITS[dtype], packed, backend="triton")
-    assert all(map(torch.equal, run_rule(*inputs), run_rule(*inputs, backend="triton")))
-    step = kernels.one_token(*packed)
-    with torch.no_grad():
-        found, fused = kernels.gated_delta_step(*step), kernels.triton_gated_delta_step(*step)
-    assert all(map(torch.equal, found, fused)) and not recwarn.list
 
-@pytest.mark.parametrize(
-    "change,sentence",
-    [(dict(k=torch.zeros(1, 8, 2, 8)), "k must be"), (dict(g=torch.zeros(1, 8, 3)), "g must be"),
-     (dict(v=torch.zeros(1, 8, 3, 16)), "a multiple of the 2"),
-     (dict(q=torch.zeros(1, 0, 2, 16)), r"\[B, T, H, D\], not empty"),
-     ({x: torch.zeros(1, 2, 8, 16) for x in "qkv"}, r"g must be \[1, 2, 8\]"),
-     (dict(g=torch.full((1, 8, 2), 0.1)), "g must be <= 0"),
-     (dict(initial_state=torch.zeros(1, 2, 16, 8)), "initial_state must be"),
-     (dict(cu_seqlens=torch.tensor([[0, 8]])), r"must be \[N \+ 1\]"),
-     (dict(cu_seqlens=torch.tensor([0, 8]), output_final_state=True), "no state is given or kept"),
-     (dict(backend="cuda"), "backend"), (dict(backend="triton"), "is not possible"),
-     (dict(inital_state=None), "inital_state")],
-)  # fmt: skip
+@pytest.mark.parametrize("change,sentence", [
+    (dict(k=torch.zeros(1, 8, 2, 8)), "k must be"), (dict(g=torch.zeros(1, 8, 3)), "g must be"),
+    (dict(v=torch.zeros(1, 8, 3, 16)), "a multiple of the 2"),
+    (dict(q=torch.zeros(1, 0, 2, 16)), r"\[B, T, H, D\], not empty"),
+    (dict(g=torch.full((1, 8, 2), 0.1)), "g must be <= 0"),
+    (dict(initial_state=torch.zeros(1, 2, 16, 8)), "initial_state must be"),
+    (dict(cu_seqlens=torch.tensor([[0, 8]])), r"must be \[N \+ 1\]"),
+    (dict(cu_seqlens=torch.tensor([0, 8]), output_final_state=True), "no state is given or kept"),
+    (dict(backend="cuda"), "backend"), (dict(backend="triton"), "is not possible"),
+    (dict(inital_state=None), "inital_state"),
+])  # fmt: skip
 def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
     inputs = dict(zip(("q", "k", "v", "g", "beta"), kernels.example(1, 8, 2, 2, 16, 16)))
     alone = {"cu_seqlens", "backend"} & change.keys()
@@ -296,10 +269,7 @@ def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=sentence):
             wrong(**{**inputs, **change})
 
-def test_the_rules_share_a_signature_and_are_called_as_that_of_transformers():
-    one, two, chunk = ([*inspect.signature(f).parameters.items()] for f in (
-        recurrent, torch_rule, rule))  # fmt: skip
-    assert one == two == chunk[: len(one)]
+def test_the_rule_is_called_as_that_of_transformers():
     qwen3_next = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     inputs = kernels.example(2, 75, 4, 4, 16, 8)
     theirs = inspect.unwrap(qwen3_next.torch_chunk_gated_delta_rule)
@@ -364,21 +334,17 @@ def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     monkeypatch.undo()
     return found
 
-@pytest.mark.parametrize("heads,capability,dtype,shared,spilled", [  # bytes a block, a thread
-    ((64, 64), 80, torch.bfloat16, 166_912, 430), ((128, 128), 90, torch.bfloat16, 232_448, 140),
-    ((60, 100), 100, torch.float16, 232_448, 640),
+@pytest.mark.parametrize("heads,capability,dtype,shared", [  # bytes that a block may have
+    ((64, 64), 80, torch.bfloat16, 166_912), ((128, 128), 90, torch.bfloat16, 232_448),
+    ((60, 100), 100, torch.float16, 232_448),
 ])  # fmt: skip
-def test_every_kernel_compiles_for_real_chips(
-    monkeypatch, tmp_path, heads, capability, dtype, shared, spilled
-):
-    triton = pytest.importorskip("triton", minversion="3.8")  # before, it spills more
+def test_every_kernel_compiles_for_real_chips(monkeypatch, heads, capability, dtype, shared):
+    triton = pytest.importorskip("triton", minversion="3.7.1")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
-    compiled, tools = set(), Path(triton.__file__).parent / "backends/nvidia/bin"
-    dump = tools / "cuobjdump", "--dump-resource-usage"  # spilled registers: the stack, in bytes
-    chip, tiles = types.SimpleNamespace(type="cuda"), kernels.tiles.__wrapped__
+    compiled, chip, tiles = set(), types.SimpleNamespace(type="cuda"), kernels.tiles.__wrapped__
     monkeypatch.setattr(kernels, "tiles", lambda *how: tiles(*how[:-1], chip))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(capability, 10))
     for kernel, _, args, options in launches(monkeypatch, *heads, dtype):
@@ -390,10 +356,7 @@ def test_every_kernel_compiles_for_real_chips(
         attrs = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(kinds.values()) if "*" in x}
         source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=attrs)
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
-        (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
-        usage = subprocess.check_output([*dump, tmp_path / "cubin"], text=True)
-        stack = re.search(r"STACK:(\d+)", usage)
-        assert binary.metadata.shared <= shared and int(stack[1]) <= spilled, kernel.__name__
+        assert binary.metadata.shared <= shared, kernel.__name__
         compiled.add(kernel.__name__)
     assert compiled == set(KERNELS)
     # 40,000 sequences of 4 heads: more than the second axis of a CUDA grid can hold
@@ -451,7 +414,6 @@ def test_gates_start_where_the_paper_says_and_decay_in_fp32(half, watch):
     student, wanted = make_student(teacher), weights(make_student(teacher))
     with bf16_default():
         assert equal(weights(make_student(teacher)), wanted)
-    assert {p.dtype for p in wanted.values()} == {torch.float32}
     student = hd.to_teachers_dtype(student) if half else student
     m, x = student.model.layers[0].self_attn, torch.randn(1, 7, 32).to(student.dtype)
     calls = watch(m, "chunk")
@@ -460,30 +422,6 @@ def test_gates_start_where_the_paper_says_and_decay_in_fp32(half, watch):
         (q, *_, g, beta), a = calls[0], m.a_proj(x)
     assert q.dtype == a.dtype == torch.bfloat16 and g.dtype == beta.dtype == torch.float32
     assert torch.equal(g, -m.A_log.exp() * F.softplus(a.float() + m.dt_bias))
-
-@pytest.mark.parametrize("mixer,dtype,tolerance", [
-    ("gdn", torch.float32, 2e-5), ("gdn", torch.bfloat16, 3e-2), ("gla", torch.float32, 2e-5),
-])  # fmt: skip
-def test_steps_and_padding_give_the_state_of_the_real_tokens(mixer, dtype, tolerance, watch):
-    student = make_student(make_teacher("qwen3").to(dtype), mixer=mixer)
-    m, x = hd.to_teachers_dtype(student).model.layers[0].self_attn, torch.randn(2, 90, 32).to(dtype)
-    mask, found, steps = torch.ones(2, 90, dtype=torch.bool), [], watch(hd, "gated_delta_step")
-    mask[0, :4] = mask[1, 70:] = False  # on the left, on the right
-    for gradients in (False, True):  # with them no step is taken
-        outputs, states, cache = [], [], DynamicCache()
-        with torch.set_grad_enabled(gradients):
-            for start, end in ((0, 1), (1, 89), (89, 90)):  # the first token and the last alone
-                how = {"padding_mask": mask[:, :end], CACHE: cache}
-                outputs.append(m(x[:, start:end], **how)[0])
-                states.append(hd.recurrent_state(cache, 0).S)
-        assert torch.equal(states[1][1], states[2][1]) and states[2].dtype == torch.float32
-        found.append((torch.cat(outputs, 1)[mask].float(), *states))
-    assert len(steps) == (2 if mixer == "gdn" else 0)
-    for a, b in zip(*found):
-        same(a, b, tolerance)
-    for row, real in ((0, x[:1, 4:]), (1, x[1:, :70])):
-        m(real, **{CACHE: (alone := DynamicCache())})
-        same(states[2][row], hd.recurrent_state(alone, 0).S[0], tolerance)
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_keeping_every_layer_keeps_the_teacher(family):
@@ -548,13 +486,15 @@ def test_a_student_of_a_bf16_teacher_can_be_sharded(tmp_path, request):
 ])  # fmt: skip
 @pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
-def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer, kept):
+def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer, kept, watch):
     student, x = make_student(make_teacher(family), kept, mixer), tokens(2, 23)
     full, cache, pieces = student(x).logits, DynamicCache(config=student.config), []
+    steps = watch(hd, "gated_delta_step")
     for part in x.split([10, 1, 1, 1, 1, 1, 8], dim=1):  # token by token, then a second prefill
         pieces.append(student(part, use_cache=True, **{CACHE: cache}).logits)
     same(torch.cat(pieces, 1), full)
     assert cache.get_seq_length() == 23
+    assert len(steps) == 5 * len(hd.mixers(student)) * (mixer == "gdn")
 
     mask = torch.ones(2, 23, dtype=torch.long)
     mask[0, :7] = 0  # row 0 is shorter, left-padded
@@ -577,7 +517,9 @@ def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer,
 def test_what_cannot_work_says_so():
     student, x, ends = make_student(make_teacher(), [0]), tokens(1, 6), torch.tensor([0, 2, 6])
     write = functools.partial(student.generate, x, max_new_tokens=2, **GREEDY)
-    ours, theirs = (cache_of(m(x, use_cache=True)) for m in (student, make_teacher()))
+    ours, theirs = DynamicCache(), DynamicCache()
+    student(x, use_cache=True, **{CACHE: ours})
+    make_teacher()(x, use_cache=True, **{CACHE: theirs})
     static, paged = hd.transformers.StaticCache(student.config, 9), type("PagedCache", (), {})()
     mixer = student.model.layers[1].self_attn
     for error, sentence, call in (
@@ -685,17 +627,6 @@ def test_where_the_compiler_fails_the_losses_run_without_it_and_say_so_once(monk
         assert torch.equal(a, b)
     said = [str(w.message) for w in recwarn if "kl_rows runs uncompiled" in str(w.message)]
     assert len(asked) == 2 and len(said) == 1 and "no C compiler" in said[0]
-
-@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
-def test_the_losses_copy_out(loss):
-    (h, W), y = (torch.randn(9, 4), torch.randn(7, 4)), tokens(9) % 7
-    (named,) = re.findall(r"To copy it out take kl_rows, (.*) along", hd.kl_loss.__doc__)
-    names = f"{loss}_loss", f"{loss}_rows", *re.split(", | and ", named)
-    alone = {name: getattr(hd, name) for name in ("torch", "F", "functools", "warnings")}
-    for name in sorted(names, key=lambda name: name != "compiled"):  # the decorator comes first
-        exec(inspect.getsource(getattr(hd, name)), alone)
-    inputs = (h, W, h.flip(0), W) if loss == "kl" else (h, W, y)
-    assert torch.equal(alone[names[0]](*inputs), getattr(hd, names[0])(*inputs))
 
 # ----------------------------------------------------------------------------- stages, their recipe
 
@@ -835,35 +766,8 @@ def test_micro_batches_and_a_full_memory_change_nothing(name, tmp_path, monkeypa
         assert equal(halved, pairs) and micro_batch == 2
         assert capsys.readouterr().err.count("out of GPU memory: 2 sequences at a time") == 1
 
-def train_toy(folder=None, stop=12, seed=0):
-    """A model with dropout, in part frozen, 12 steps -> as it began, its history, as it ended."""
-    torch.manual_seed(seed)
-    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
-    torch.nn.init.ones_(net[0].bias)  # frozen, so not saved
-    begun, groups = weights(net), [{"params": [net[0].weight], "lr": 0.1}]
-    groups += [{"params": [net[2].weight, net[2].bias], "lr": 0.01, "weight_decay": 0.0}]
-    losses = lambda x: iter([("square", net(x.float()).square().mean(), 1.0)])
-    how = dict(schedule=functools.partial(hd.cosine, warmup=3, floor=0.1), folder=folder)
-    rows = [step[:, :6] % 5 for step in map(batches, range(stop))]
-    return begun, hd.train(net, groups, losses, rows, 12, **how), weights(net)
-
-def test_killed_at_any_save_it_ends_with_the_same_weights(tmp_path, monkeypatch):
-    first, history, wanted = train_toy()
-    for stop, seconds in ((3, -1), (7, 999), (4, -1), (9, -1)):  # from 3 to 7 nothing is saved
-        monkeypatch.setattr(hd, "SECONDS_BETWEEN_SAVES", seconds)
-        with pytest.raises(IndexError):
-            train_toy(tmp_path, stop, seed=int(stop > 3))
-        (tmp_path / "step-11").mkdir(exist_ok=True)  # killed while it saved: there is no .metadata
-        (tmp_path / "metrics.jsonl").open("a").write('{"step": 11, "micro_batch": 1}\n')
-    for _ in range(2):  # the second time it is finished: loaded
-        _, resumed, ended = train_toy(tmp_path, seed=1)  # what it begins with is not used
-        assert equal(wanted, ended) and not equal(first, ended)
-        for row, other in zip(history, resumed, strict=True):
-            assert {**row, "seconds": other["seconds"]} == other
-        assert [f.name for f in tmp_path.glob("step-*")] == ["step-12"]
-
 @pytest.mark.parametrize("what,loss", [("bad", torch.log), ("gradient_norm", torch.sqrt)])
-def test_a_loss_that_is_not_finite_stops_before_its_step(what, loss, tmp_path):
+def test_a_loss_that_is_not_finite_stops_before_its_step(what, loss):
     model, seen = torch.nn.Linear(2, 1), []
 
     def losses(batch):
@@ -872,19 +776,16 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(what, loss, tmp_path):
         yield "bad", loss(0 * x) if len(seen) == 3 else x, 1.0
 
     groups = [{"params": [*model.parameters()], "lr": 0.1}]
-    wanted = f"^toy: {what} became -?(nan|inf) at step 3 of 4[^\n]*rate$"
-    with pytest.raises(FloatingPointError, match=wanted):
-        hd.train(model, groups, losses, batches, 4, folder=tmp_path / "toy")
+    with pytest.raises(FloatingPointError, match=f": {what} became -?(nan|inf) at step 3 of 4: l"):
+        hd.train(model, groups, losses, batches, 4)
     assert len(seen) == 3 and equal(weights(model), seen[2]) and not equal(seen[1], seen[2])
 
 def test_the_teacher_runs_once_for_the_same_tokens_while_there_is_room(watch):
-    teacher = make_teacher()
-    runs, teach = watch(hd, "last_hidden"), hd.TeacherPass(teacher, room=2 * 4 * 16 * 32 * 4)
-    found = [teach(batches(step)) for step in (0, 1, 0, 1, 2, 2)]
-    assert len(runs) == 4 and torch.equal(found[0], found[2]) and teach.room == 0
-    for step, hidden in zip((0, 1, 0, 1, 2, 2), found):
+    teacher, runs, order = make_teacher(), watch(hd, "last_hidden"), (0, 1, 0, 1, 2, 2)
+    teach = hd.TeacherPass(teacher, room=2 * 4 * 16 * 32 * 4)
+    for step, hidden in [(step, teach(batches(step))) for step in order]:
         same(teacher.lm_head(hidden), teacher(batches(step)).logits)
-    assert hd.TeacherPass(teacher).room > 0
+    assert len(runs) == 4 and teach.room == 0 and hd.TeacherPass(teacher).room > 0
 
 # -------------------------------------------------------------------------------------- selection
 
@@ -970,29 +871,6 @@ def test_candidates_double_until_the_best_agree_twice(k, first, wanted, monkeypa
         steps = {"ga-s2": 4 * (1 + 2), "zero-shot": 0, "gates+ga-s2": 100 + 2 * (1 + 2)}
         assert all(select_by(planted([2]), s, 1, 1)[1].tokens == 64 * steps[s] for s in steps)
 
-@pytest.mark.parametrize("k", [2, 3, 4, 5])
-def test_smart_spreads_the_most_sensitive_layers(k, monkeypatch):
-    best = [0.0, 9, 1, 1, 5, 1, 1, 9, 0]
-    monkeypatch.setattr(hd, "zero_shot", lambda x: dict(enumerate(best)))
-    found = hd.smart(types.SimpleNamespace(k=k, layers=range(9)))
-    low, high = max(1, 8 // (k - 1) - 1), -(-8 // (k - 1)) + 1
-    every = [(0, *between, 8) for between in itertools.combinations(range(1, 8), k - 2)]
-    every = [p for p in every if all(low <= b - a <= high for a, b in zip(p, p[1:]))]
-    total, path = lambda layers: sum(best[i] for i in layers), tuple(sorted(found[:k]))
-    assert path in every and total(path) == max(map(total, every))
-
-def test_scores_look_at_the_validation_part_alone(watch):
-    """What evaluates is given `validation`; what trains is given `batches`."""
-    teacher, marked = planted([2]), {"text": [torch.full((2, 16), 7)]}
-    seen = watch(hd, "last_hidden", lambda model, x: bool((x == 7).all()))
-    for name in ("mse", "ppl", "zero-shot"):
-        hd.select_layers(selection(teacher, batches=lambda s: 1 / 0, validation=marked), name)
-    assert seen and all(seen)
-    trained = watch(hd, "back_propagate", lambda losses, rows, *args: bool((rows == 7).all()))
-    parts = watch(hd, "evaluate", lambda model, teach, part: part is marked)
-    select_by(teacher, "avg-s2", validation=marked)
-    assert parts and all(parts) and trained and not any(trained)
-
 def test_evaluation_is_without_dropout_and_a_mean_over_tokens():
     teacher = make_teacher()
     hybrid, teach = make_student(teacher, [1]).train(), hd.TeacherPass(teacher)
@@ -1029,26 +907,26 @@ def test_rules_and_published_selections():
         with pytest.raises(hd.UserError, match=f"no selection of {k} layers is published .* by"):
             published(rule, k, "Qwen2.5-1.5B-Instruct")
 
-def transfer(*args, **how):
-    return hd.transfer_attention(make_teacher(), *args, **how)
-
-@pytest.mark.parametrize("sentence,call", [
-    *[("within 0..3", lambda wrong=wrong: transfer(wrong)) for wrong in ([4], [-1], [1, 1])],
-    ("mixer must be one of gdn", lambda: transfer([0], mixer="mamba")),
-    ("LlamaForCausalLM.*not GPT2LMHeadModel",
-     lambda: hd.transfer_attention(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12)), [0])),
-    ("no linear layer", lambda: hd.align_hidden_states(transfer(range(4)), make_teacher(), [], 1)),
-    ("float16", lambda: hd.TeacherPass(make_teacher().half())),
-    *[(f"within 1..4, .* not {k} of", lambda k=k: selection(make_teacher(), k)) for k in (0, 5)],
-    ("of one with 3 linear", lambda: selection(make_teacher(), 1, kept=[1])),
-    ("all-linear", lambda: hd.restore_attention(transfer([1]), make_teacher(), [2])),
-    ("a teacher that recalls", lambda: select_by(make_teacher(), "ar", recall=lambda _: 0.0)),
-    ("batch of 2 or more",
-     lambda: hd.EmbeddedCorpus(0).batches("align", hd.Budget(64, 16, 1, 1.0))(0)),
-])  # fmt: skip
-def test_a_wrong_call_gets_one_sentence(sentence, call):
-    with pytest.raises(hd.UserError, match=sentence):
-        call()
+def test_a_wrong_call_gets_one_sentence():
+    transfer, gpt2 = hd.transfer_attention, GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12))
+    teacher, one_row = make_teacher(), hd.Budget(64, 16, 1, 1.0)
+    for sentence, call in (
+        ("within 0..3", lambda: transfer(teacher, [4])),
+        ("within 0..3", lambda: transfer(teacher, [-1])),
+        ("within 0..3", lambda: transfer(teacher, [1, 1])),
+        ("mixer must be one of gdn", lambda: transfer(teacher, [0], mixer="mamba")),
+        ("LlamaForCausalLM.*not GPT2LMHeadModel", lambda: transfer(gpt2, [0])),
+        ("no linear", lambda: hd.align_hidden_states(transfer(teacher, range(4)), teacher, [], 1)),
+        ("within 1..4, .* not 0 of", lambda: selection(teacher, 0)),
+        ("within 1..4, .* not 5 of", lambda: selection(teacher, 5)),
+        ("of one with 3 linear", lambda: selection(teacher, 1, kept=[1])),
+        ("all-linear", lambda: hd.restore_attention(transfer(teacher, [1]), teacher, [2])),
+        ("a teacher that recalls", lambda: select_by(teacher, "ar", recall=lambda _: 0.0)),
+        ("batch of 2 or more", lambda: hd.EmbeddedCorpus(0).batches("align", one_row)(0)),
+        ("float16", lambda: hd.TeacherPass(teacher.half())),
+    ):
+        with pytest.raises(hd.UserError, match=sentence):
+            call()
 
 TINY = """--align-tokens 64 --align-length 16 --align-batch 2 --softmax-layers 1
     --select-tokens 64 --select-length 16 --select-batch 2 --baselines all-linear,first
@@ -1131,27 +1009,34 @@ def test_parts_are_disjoint_and_batches_a_function_of_the_step(folder):
 @pytest.mark.parametrize(
     "folder,mixer,held_out", [("llama", "gdn", 33), ("qwen3", "gla", 20)], indirect=["folder"]
 )
-def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch):
+def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch, capsys):
     calls = watch(hd, "train", lambda *args, folder=None, **how: [*args[3:], str(folder)])
     steps = watch(hd, "back_propagate")
     parts = watch(hd, "evaluate", lambda model, teach, part: torch.cat(part["text"]))
     more = ("--held-out", held_out, "--mixer", mixer)
-    report = ran(folder, *more)
-    rows, kept = report["rows"], weights(load(report["student"]))
-    assert [row["name"] for row in rows] == ["teacher", "ga-s2", "all-linear", "first"]
+    report = ran(folder, *more, "--baselines", "avg-s2,mse,all-linear")
+    rows, text = report["rows"], (folder / "run" / "report.md").read_text()
+    assert [row["name"] for row in rows] == ["teacher", "ga-s2", "avg-s2", "mse", "all-linear"]
     keys = {"softmax_layers", "kl", "kl_text", "perplexity", "recall", "cache_bytes", "cost"}
     assert all(keys <= set(row) for row in rows) and rows[0]["kl"] == 0
-    assert [row["cost"] for row in rows] == [0, 4 * 64, 0, 0]
+    assert [row["cost"] for row in rows] == [0, 4 * 64, 8 * 64, 0, 0]
     needles = {"1 in 512", "4 in 512"} if held_out == 33 else set()  # 528 tokens hold them
     assert all(set(row["needles"]) == needles for row in rows)
-    for n, part in enumerate(parts):  # validation ranks the 4 candidates, the test part the rows
-        wanted = tokens(6000)[: 32 * held_out].view(2, -1, 16)[int(n >= 4)]
+    for n, part in enumerate(parts):  # validation ranks the 8 candidates, the test part the rows
+        wanted = tokens(6000)[: 32 * held_out].view(2, -1, 16)[int(n >= 8)]
         assert sorted(part.tolist()) == sorted(wanted.tolist())
     stages = [(rows, n) for rows, n, place in calls if Path(place).name[:4] in ("dist", "fine")]
-    assert len(stages) >= 4  # 6, but a baseline that is the selection's own set trains once
+    assert len(stages) >= 4  # a baseline that is the selection's own set trains once
     assert [n for _, n in stages] == [2, 1] * (len(stages) // 2)
-    for (first, _), (later, _) in zip(stages[:2] * 2, stages[2:]):
+    for (first, _), (later, _) in zip(stages[:2] * 3, stages[2:]):
         assert all(torch.equal(first(i), later(i)) for i in range(3))
+    assert (report["seed"], report["K"], report["finetune"]["length"]) == (0, 1, 32)
+    assert "- finetune: tokens 64, length 32" in text and "| avg-s2 |" in text
+    assert {name.split("-")[0] for name in report["stages"]} == set(STAGES)
+    assert set(report["scores"]["ga-s2"]) >= {f"[{i}] after 2" for i in range(4)}
+    exec(text.split("```python\n")[1].split("```")[0], loaded := {})
+    kept = weights(load(report["student"]))
+    assert equal(weights(loaded["model"]), kept) and report["student"] in capsys.readouterr().out
     assert report["student"] == str(folder / f"run/student-{report['chosen'][0]}")
     # another rate for the same layers, and back: the folder holds the student of the report, and
     # neither stage 1 nor the selection trains again
@@ -1160,33 +1045,16 @@ def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch)
         ran(folder, *more, "--baselines", "none", "--finetune-lr", lr)
         assert len(steps) == new and equal(weights(load(report["student"])), kept) == (new == 0)
 
-def test_a_report_says_what_made_it_and_how_to_load_it(folder, capsys):
-    report = ran(folder, "--baselines", "avg-s2,mse,gates,first", "--seed", 7)
-    text, rows = (folder / "run" / "report.md").read_text(), {r["name"]: r for r in report["rows"]}
-    assert list(rows) == ["teacher", "ga-s2", "avg-s2", "mse", "gates", "first"]
-    assert rows["avg-s2"]["cost"] == 2 * rows["ga-s2"]["cost"] == 8 * 64
-    assert rows["mse"]["cost"] == rows["first"]["cost"] == 0 < rows["gates"]["cost"]
-    assert (report["seed"], report["K"], report["finetune"]["length"]) == (7, 1, 32)
-    assert f"- teacher: {folder / 'teacher'}\n" in text and "| avg-s2 |" in text
-    assert "- finetune: tokens 64, length 32" in text
-    assert {name.split("-")[0] for name in report["stages"]} == set(STAGES)
-    assert set(report["scores"]["ga-s2"]) == {f"[{i}] after 2" for i in range(4)}
-    exec(text.split("```python\n")[1].split("```")[0], loaded := {})
-    assert equal(weights(loaded["model"]), weights(load(report["student"])))
-    assert report["student"] in capsys.readouterr().out
-
 def test_changed_data_teacher_or_mixer_is_not_taken_for_the_old_one(folder, monkeypatch, datasets):
     more = ("--select", "1", "--baselines", "none", "--data", folder / "a.txt", "--held-out", "4")
-    perplexities = set()
+    perplexities, edited = set(), []
     for text, seed in (("abcd", 0), ("dcba", 0), ("dcba", 5)):
         (folder / "a.txt").write_text(900 * text)
         make_teacher(seed=seed).save_pretrained(folder / "teacher")
         perplexities.add(ran(folder, *more)["rows"][0]["perplexity"])
-    assert len(perplexities) == 3
-    edited = []
     monkeypatch.setattr(hd.inspect, "getsource", lambda of: edited.append(of.__name__) or "edited")
     ran(folder, *more)
-    assert len([*(folder / "run").glob("align-*")]) == 4
+    assert len(perplexities) == 3 and len([*(folder / "run").glob("align-*")]) == 4
     assert {"GatedDeltaNet", "alignment_loss", "kl_rows", "cross_entropy_rows"} <= set(edited)
 
 def test_a_dry_run_says_how_long_a_run_takes(folder, capsys):
@@ -1249,9 +1117,6 @@ def test_a_bug_in_a_mixer_keeps_its_traceback(folder, monkeypatch):
     monkeypatch.setattr(hd.GatedDeltaNet, "forward", lambda self, x, **others: (None, *x.shape)[5])
     with pytest.raises(IndexError):
         hd.main(arguments(folder))
-    monkeypatch.setattr(hd, "main", lambda: 7)
-    with pytest.raises(SystemExit, match="7"):
-        runpy.run_path(HERE / "hybrid_distill.py", run_name="__main__")
 
 # ------------------------------------------------------------------- clients of the saved student
 
@@ -1279,7 +1144,7 @@ def test_a_student_on_the_hub_loads(saved_student, tmp_path):
         needed = set(dynamic_module_utils.get_imports(HERE / file))
         assert needed - others <= {"torch", *sys.stdlib_module_names}, file
 
-def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path, monkeypatch):
+def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path):
     model, x, teacher = load(saved_student), tokens(1, 9), make_teacher("qwen3")
     assert list(hd.mixers(model)) == [0, 2, 3] and hd.running_cost(model, 16)["cache_bytes"] > 0
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -1302,9 +1167,6 @@ def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path, monk
     again = load(tmp_path / "half", dtype="auto")
     assert equal(weights(again), weights(student)) and again.dtype == torch.bfloat16
     assert torch.equal(again(x).logits, student(x).logits)
-    add = hd.GatedDeltaNet.add_gates  # as if it made the gates in the dtype of the model
-    made = lambda mixer, *sizes, **to: (add(mixer, *sizes, **to), mixer.bfloat16())
-    monkeypatch.setattr(hd.GatedDeltaNet, "add_gates", made)
     ours = hybrid.from_pretrained(tmp_path / "fp32", dtype=torch.bfloat16)  # not by the file there
     for n, m in itertools.product(gates, (student, again, ours)):
         assert torch.equal(gates[n], m.get_parameter(n)), n
@@ -1356,16 +1218,9 @@ def test_needle_prompts_hold_their_answer_and_whole_answers_count():
         name = prompt.split("magic number for ")[-1].removesuffix(" is")
         assert f"The special magic number for {name} is{answer}." in prompt
         assert prompt.count("special magic number") == 4 + 2
-    # written as the tokenizer writes them behind the question
-    encode = lambda text, **_: [len(word) % 7 for word in text.split(" ")] + [9] * text.count("7")
-    ragged = types.SimpleNamespace(encode=encode, bos_token_id=None)  # a token more for every 7
-    _, answers = hd.needle_prompts(ragged, np.arange(900), 1, 9, 90, hd.seeded("needle"))
-    assert answers.shape[0] == 9 and answers[0, 0] == 5  # "12345" alone, without an empty word
-
-    def generate(tokens, **how):  # the first token right, the second for every other prompt
-        second = tokens[:, 1:2] * (torch.arange(len(tokens)) % 2)[:, None]
-        return torch.cat([tokens, tokens[:, :1], second], 1)
-
+    # the first token right, the second for every other prompt
+    second = lambda x: x[:, 1:2] * (torch.arange(len(x)) % 2)[:, None]
+    generate = lambda x, **how: torch.cat([x, x[:, :1], second(x)], 1)
     model, prompts = types.SimpleNamespace(device="cpu", generate=generate), tokens(8, 5)
     assert hd.recall_accuracy(model, prompts, prompts[:, :2]) == 0.5
 
@@ -1413,6 +1268,9 @@ def same_run(calm, run):
         assert one["kl"] == pytest.approx(two["kl"], rel=0.02, abs=1e-6)
 
 def test_killed_at_every_save_a_run_ends_with_the_same_numbers(folder):
+    config = json.loads((folder / "teacher" / "config.json").read_text())
+    config = json.dumps({**config, "attention_dropout": 0.5})  # a resumed stage draws the same
+    (folder / "teacher" / "config.json").write_text(config)
     calm, codes = ran(folder, "--baselines", "none", out="calm"), []
     stop = dict(stop="save run/|write run/(select|row)", how=signal.SIGINT)
     while len(codes) < 20 and (not codes or codes[-1]):
@@ -1420,10 +1278,13 @@ def test_killed_at_every_save_a_run_ends_with_the_same_numbers(folder):
         assert code in (130, -signal.SIGKILL, 0), said
         assert ("the same command goes on" in said) == (code == 130)
         codes, stop["how"] = [*codes, code], signal.SIGKILL
+        for history in (folder / "run").glob("*/metrics.jsonl") if code else ():
+            (history.parent / "step-9").mkdir(exist_ok=True)  # torn: killed while it saved
+            history.open("a").write('{"step": 9, "micro_batch": 1}\n')
     # stage 1 twice, 4 scores, stage 2 twice, stage 3, 2 rows, the end
     assert len(codes) == 2 + 4 + 2 + 1 + 2 + 1 and codes[0] == 130
     again = json.loads((folder / "run" / "report.json").read_text())
-    assert again["rows"] == calm["rows"] and again["scores"] == calm["scores"]
+    assert again["rows"] == calm["rows"] and again["chosen"] == calm["chosen"]
     assert equal(*(weights(load(report["student"])) for report in (calm, again)))
 
 def test_two_processes_train_what_one_does_killed_or_not(folder):
