@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -109,7 +108,6 @@ def watch(monkeypatch):
     return watch
 
 # -------------------------------------------------- kernels.py, against the fp64 recurrence
-
 KERNELS = {name: kernel for name, kernel in vars(kernels).items() if name.endswith("_kernel")}
 rule, recurrent = kernels.chunk_gated_delta_rule, kernels.recurrent_gated_delta_rule
 torch_rule = kernels.torch_chunk_gated_delta_rule
@@ -192,7 +190,6 @@ def test_interpreted_triton_packed_in_fp16_of_nan_under_autocast_checkpointing_a
     o = run(*x)[0]
     assert o[:, 66:].isnan().all() and not o[:, :64].isnan().any()
     assert all(dx.isnan().any() for dx in gradients(run, x))
-
     inputs = kernels.example(1, 40, 1, 1, 16, 16)
     compiled, o = torch.compile(run, backend="aot_eager", fullgraph=True), run(*inputs)[0]
     same(compiled(*inputs)[0], o)
@@ -228,18 +225,13 @@ def test_the_fused_step_is_its_equations(step, D):
     assert o.dtype == torch.float16 and S.dtype == torch.float32
     assert (o - o_64).norm() <= 5e-4 * o.norm() and (S - S_64).norm() <= 1e-6 * S.norm()
 
-def test_the_step_is_plain_where_gradients_are_wanted_and_both_are_compiled(monkeypatch):
+def test_the_step_is_plain_where_gradients_are_wanted_and_in_compile(monkeypatch):
     monkeypatch.setattr(kernels, "step_backend", lambda *_: pytest.fail("not to be asked"))
     step, inputs = kernels.gated_delta_step, step_example(3, H=2)
     exact = [x.double().requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
     torch.autograd.gradcheck(lambda *x: step(*x[:-2], 1e-3, *x[-2:]), exact)
-    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-    found = compiled(step)(*inputs)
-    assert all(map(torch.equal, found, kernels.torch_gated_delta_step(*inputs)))
-    fast = compiled(functools.partial(rule, use_qk_l2norm_in_kernel=True))
-    for shape in ((2, 35, 2, 4, 20, 24), (1, 9, 1, 3, 8, 40)):  # one function, heads of any size
-        inputs = kernels.example(*shape)[:5]
-        same(fast(*inputs)[0], rule(*inputs, use_qk_l2norm_in_kernel=True)[0], 1e-6)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(*inputs)
+    assert all(map(torch.equal, compiled, kernels.torch_gated_delta_step(*inputs)))
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -269,21 +261,6 @@ def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=sentence):
             wrong(**{**inputs, **change})
 
-def test_the_rule_is_called_as_that_of_transformers():
-    qwen3_next = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
-    inputs = kernels.example(2, 75, 4, 4, 16, 8)
-    theirs = inspect.unwrap(qwen3_next.torch_chunk_gated_delta_rule)
-    names = "initial_state", "output_final_state", "use_qk_l2norm_in_kernel", "cu_seqlens"
-    how = dict(zip(names, (inputs.pop(), True, True, None)), use_cache=True)
-    for found, expected in zip(rule(*inputs, **how), theirs(*inputs, **how)):
-        same(found, expected, 1e-4)
-
-def test_python_kernels_fails_where_an_error_exceeds_its_limit(monkeypatch, capsys):
-    monkeypatch.setitem(kernels.LIMITS, torch.float32, 1e-9)
-    with pytest.raises(SystemExit, match="an error exceeds its limit"):
-        runpy.run_path(HERE / "kernels.py", run_name="__main__")
-    assert "EXCEEDS ITS LIMIT" in capsys.readouterr().out
-
 def gla_example(T, decay):
     q, k, v, _, beta, S = kernels.example(2, T, 3, 3, 12, 20)
     g = -50 * k.abs() if decay == "strong" else torch.where(k > 0.5, decay, -0.1 * k.abs())
@@ -291,9 +268,7 @@ def gla_example(T, decay):
 
 def of_gla(rule):
     """With the arguments of the gated delta rule, as `kernels.everything` gives them."""
-    return lambda q, k, v, g, beta, scale, S, keep, norm, **options: rule(
-        q, k, beta * v, g, scale, S, keep, **options
-    )
+    return lambda q, k, v, g, b, c, S, keep, _, **how: rule(q, k, b * v, g, c, S, keep, **how)
 
 chunk_gla, recurrent_gla = of_gla(kernels.chunk_gla), of_gla(kernels.recurrent_gla)
 
@@ -364,7 +339,6 @@ def test_every_kernel_compiles_for_real_chips(monkeypatch, heads, capability, dt
         assert all(n <= m for n, m in zip(grid, (2**31 - 1, 65_535))), (kernel.__name__, grid)
 
 # ------------------------------------------------------------------------------ mixer and stage 0
-
 bf16_default = functools.partial(hd.transformers.modeling_utils.local_torch_dtype, torch.bfloat16)
 
 @pytest.mark.parametrize("mixer", hd.MIXERS)
@@ -409,7 +383,6 @@ def test_gates_start_where_the_paper_says_and_decay_in_fp32(half, watch):
     assert 0 < A.min() and A.max() <= 16.001 and abs(float(A.mean()) - 8) < 0.5
     assert 0.99e-3 <= dt.min() and dt.max() <= 1.01e-1 and len(dt.unique()) > 1000  # bf16 has 850
     assert abs(float(dt.log().mean()) - math.log(1e-2)) < 0.1
-
     teacher = make_teacher().bfloat16()
     student, wanted = make_student(teacher), weights(make_student(teacher))
     with bf16_default():
@@ -455,7 +428,6 @@ def test_an_offloaded_student_works_and_a_teacher_without_its_plain_weights_is_r
     for part in tokens(2, 9).split([7, 1, 1], dim=1):  # the last two by steps
         both = zip((student, offload(copy.deepcopy(student))), caches)
         assert torch.equal(*(m(part, **{CACHE: cache}).logits for m, cache in both))
-
     adapt = lambda x, name: peft.inject_adapter_in_model(peft.LoraConfig(target_modules=[name]), x)
     for sentence, spoil in (
         ("q_proj.*merge adapters", lambda x: adapt(x, "q_proj")),
@@ -480,7 +452,6 @@ def test_a_student_of_a_bf16_teacher_can_be_sharded(tmp_path, request):
         same(a.grad.full_tensor(), b.grad, 1e-6)
 
 # ------------------------------------------------------------------------- hybrid model and cache
-
 @pytest.mark.parametrize("mixer,kept", [
     ("gdn", [2]), ("gla", [2]), ("gdn", []), ("gdn", [0, 3]), ("gdn", [0, 1, 2, 3]),
 ])  # fmt: skip
@@ -495,7 +466,6 @@ def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer,
     same(torch.cat(pieces, 1), full)
     assert cache.get_seq_length() == 23
     assert len(steps) == 5 * len(hd.mixers(student)) * (mixer == "gdn")
-
     mask = torch.ones(2, 23, dtype=torch.long)
     mask[0, :7] = 0  # row 0 is shorter, left-padded
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -504,7 +474,6 @@ def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer,
     for real in (1 + torch.arange(23) // 5, 255, -1, 0.5, True):  # any number that is not 0
         masked = student(x, attention_mask=mask * real, position_ids=positions)
         assert torch.equal(masked.logits, padded)
-
     how = dict(max_new_tokens=8, **GREEDY)
     alone, uncached = (student.generate(x[:1, 7:], use_cache=c, **how)[0] for c in (True, False))
     together = student.generate(x, attention_mask=mask, **how)[0, 7:]
@@ -605,7 +574,6 @@ def test_a_loss_under_a_bf16_default_dtype_and_in_fp16_with_a_loss_scale(loss):
         value = loss(x.requires_grad_(), W, *((t, W) if loss is hd.kl_loss else [labels]))
         (value * scale).backward()
         return value.detach(), x.grad.float() / scale
-
     labels = tokens(16384) % 256
     with bf16_default():
         default = run()
@@ -629,7 +597,6 @@ def test_where_the_compiler_fails_the_losses_run_without_it_and_say_so_once(monk
     assert len(asked) == 2 and len(said) == 1 and "no C compiler" in said[0]
 
 # ----------------------------------------------------------------------------- stages, their recipe
-
 STAGES = ("align", "distill", "finetune")
 
 def batches(step):
@@ -733,14 +700,6 @@ def test_a_bf16_teachers_student_trains_in_fp32_and_comes_back(name, watch):
         wanted = torch.float32 if pname.endswith(("A_log", "dt_bias")) else torch.bfloat16
         assert p.dtype == wanted and p.grad is None, pname
 
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient(watch):
-    calls, found = watch(hd.GatedDeltaNet, "forward"), []
-    for prepare in (lambda student: None, hd.recompute_activations):
-        prepare(student := make_student(make_teacher()).train())
-        student(tokens(2, 20), labels=tokens(2, 20), use_cache=False).loss.backward()
-        found.append(Weights((n, p.grad) for n, p in student.named_parameters()))
-    assert len(calls) == 4 + 8 and equal(*found)
-
 @pytest.mark.parametrize("name", STAGES)
 def test_micro_batches_and_a_full_memory_change_nothing(name, tmp_path, monkeypatch, capsys):
     def trained(**how):
@@ -752,10 +711,9 @@ def test_micro_batches_and_a_full_memory_change_nothing(name, tmp_path, monkeypa
             raise torch.OutOfMemoryError("no")
         return forward(model, rows)
 
-    (whole, _), (uneven, _), (pairs, _) = trained(), trained(micro_batch=3), trained(micro_batch=2)
+    (whole, _), (pairs, _) = trained(), trained(micro_batch=2)
     for n, p in whole.items():
-        same(uneven[n], p, 1e-3)
-    capsys.readouterr()
+        same(pairs[n], p, 1e-3)
     monkeypatch.setattr(hd, "SECONDS_BETWEEN_SAVES", -1)
     monkeypatch.setattr(hd, "last_hidden", full)
     for how in ({}, {"micro_batch": 3}):  # fails at once; fails holding gradients
@@ -788,7 +746,6 @@ def test_the_teacher_runs_once_for_the_same_tokens_while_there_is_room(watch):
     assert len(runs) == 4 and teach.room == 0 and hd.TeacherPass(teacher).room > 0
 
 # -------------------------------------------------------------------------------------- selection
-
 HELD_OUT = {"text": [tokens(8, 16, seed=99)]}
 
 def planted(layers):
@@ -828,8 +785,6 @@ def test_every_selector_finds_the_planted_layer(name):
     if name == "gates":  # the pull closes all, less the one that matters
         a = hd.gates(x)
         assert 0.1 > a.pop(2) > 0.01 > 0.005 > max(a.values())
-    if name == "ar":
-        assert hd.ar(x) == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0}
 
 def test_what_was_scored_is_not_trained_again(tmp_path, monkeypatch, watch):
     teacher, file, scores, trained = planted([2]), tmp_path / "select", {}, watch(hd, "train")
@@ -872,21 +827,20 @@ def test_candidates_double_until_the_best_agree_twice(k, first, wanted, monkeypa
         assert all(select_by(planted([2]), s, 1, 1)[1].tokens == 64 * steps[s] for s in steps)
 
 def test_evaluation_is_without_dropout_and_a_mean_over_tokens():
+    parts = {"text": [tokens(1, 9), tokens(3, 30)], "recall": [tokens(2, 20)]}
     teacher = make_teacher()
-    hybrid, teach = make_student(teacher, [1]).train(), hd.TeacherPass(teacher)
+    hybrid, sums = make_student(teacher, [1]).train(), dict.fromkeys((*parts, "ce"), 0.0)
     hybrid.model.layers[1].self_attn.attention_dropout = 0.5
-    held_out = {"text": [tokens(1, 9), tokens(3, 30)], "recall": [tokens(2, 20, seed=5)]}
-    found, sums, ce = hd.evaluate(hybrid, teach, held_out), dict.fromkeys(held_out, 0.0), 0.0
+    found = hd.evaluate(hybrid, hd.TeacherPass(teacher), parts)
     assert hybrid.training
     hybrid.eval()
-    for kind, x in [(kind, x) for kind, parts in held_out.items() for x in parts]:
+    for kind, x in [(kind, x) for kind in parts for x in parts[kind]]:
         log_p_s, log_p_t = (m(x).logits.detach().log_softmax(-1) for m in (hybrid, teacher))
         sums[kind] += float((log_p_t.exp() * (log_p_t - log_p_s)).sum())
-        # of each sequence the mean over its T - 1 next tokens, weighted by its T tokens
-        if kind == "text":
-            ce -= float(log_p_s[:, :-1].gather(-1, x[:, 1:, None]).mean()) * x.numel()
-    wanted = {"kl": sum(sums.values()) / 139, "perplexity": math.exp(ce / 99)}
-    wanted |= {"kl_text": sums["text"] / 99, "kl_recall": sums["recall"] / 40}
+        if kind == "text":  # of each sequence the mean over T - 1 next tokens, by its T tokens
+            sums["ce"] -= float(log_p_s[:, :-1].gather(-1, x[:, 1:, None]).mean()) * x.numel()
+    wanted = {"kl_text": sums["text"] / 99, "kl_recall": sums["recall"] / 40}
+    wanted |= {"kl": (sums["text"] + sums["recall"]) / 139, "perplexity": math.exp(sums["ce"] / 99)}
     assert found == pytest.approx(wanted, rel=1e-4)
 
 def test_rules_and_published_selections():
@@ -897,10 +851,9 @@ def test_rules_and_published_selections():
     draws = [place("random", 28, 7, seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2] and len({*draws[0]} & {*range(28)}) == 7
     assert published("published", 7, "meta/Llama-3.2-3B-Instruct/") == [14, 8, 5, 12, 15, 13, 2]
-    assert published("published:ar", 3, "Llama-3.2-3B-Instruct") == [0, 16, 11]
+    # the rankings as they were copied from the paper's code
     known = json.loads((HERE / "assets" / "published.json").read_text())
     known = {(name, score): known[name][score] for name in known for score in known[name]}
-    # the rankings as they were copied from the paper's code
     digest = hashlib.sha1(repr(sorted(known.items())).encode()).hexdigest()
     assert digest == "5a21d84603147b488f705c385b49ca9cff5d80d1"
     for rule, k in (("published", 8), ("published:ar", 10)):
@@ -992,20 +945,17 @@ def test_tokens_are_of_the_tokenizer_at_hand_and_within_the_vocabulary(tmp_path,
     with pytest.raises(hd.UserError, match="tokenizer gives a token 380.* 380 embeddings"):
         hd.load_tokens(s, merged)
 
-def test_parts_are_disjoint_and_batches_a_function_of_the_step(folder):
-    assert settings(folder, "--select-length", 64).held_out_tokens == 20 * 64  # of the longer ones
+def test_parts_are_disjoint_and_batches_a_function_of_the_step():
     corpus, budget = hd.Corpus(np.arange(1000), 96, 0), hd.Budget(1600, 16, 2, 1e-3)
-    rows = corpus.batches("distill", budget)
+    rows, again = (hd.Corpus(np.arange(1000), 96, 0).batches("distill", budget) for _ in range(2))
     parts = [torch.cat(corpus.held_out(part, 6, 16)["text"]) for part in ("validation", "test")]
     parts.append(torch.cat([rows(i) for i in range(25)]))
     a, b, c = (set(part.flatten().tolist()) for part in parts)
-    assert len(a) == len(b) == 96 and not a & b and not a & c and not b & c
-    again = hd.Corpus(np.arange(1000), 96, 0).batches("distill", budget)
+    assert len(a) == len(b) == 96 and not (a & b | a & c | b & c)
     assert torch.equal(rows(7), again(7))
     assert not torch.equal(rows(0), corpus.batches("align", budget)(0))
 
 # ------------------------------------------------------------------------------------ a whole run
-
 @pytest.mark.parametrize(
     "folder,mixer,held_out", [("llama", "gdn", 33), ("qwen3", "gla", 20)], indirect=["folder"]
 )
@@ -1067,38 +1017,27 @@ def test_a_dry_run_says_how_long_a_run_takes(folder, capsys):
 
 WRONG = [
     (["--data", ""], "--teacher and --data go together"),
-    (["--teacher", "torn"], "it lacks 1 of its weights"),
-    (["--data", "bad.txt"], "cannot read --data bad.txt"),
+    (["--teacher", "torn"], "it lacks 1 of its weights"), (["--held-out", "5000"], "part has"),
+    (["--data", "bad.txt"], "cannot read --data bad.txt"), (["--align-lr", "0"], "lr > 0"),
     (["--device", "abacus"], "cannot use --device abacus"),
-    (["--held-out", "0"], "--held-out must be at least 1"),
-    (["--select", "1,2"], "--select lists 2 layers, not 1"),
-    (["--select", "best"], "take 3,7,11, ga-s1, ga-s2, gr-s2"),
-    (["--select", "9"], "softmax layers must be distinct and within 0..3"),
-    (["--data", "nothing.txt"], "--data nothing.txt: there is no such file"),
+    (["--held-out", "0"], "--held-out must be at least 1"), (["--softmax-layers", "5"], "not 5"),
+    (["--select", "1,2"], "--select lists 2 layers, not 1"), (["--baselines", "mid"], "not 'mid'"),
     (["--teacher", "mute"], "error: cannot use the tokenizer of --teacher mute"),
     (["--data", "null.jsonl", "--text-column", "x"], "--text-column is one of ['text']"),
     (["--teacher", "./nowhere/at"], "--teacher ./nowhere/at: there is no such file"),
-    (["--softmax-layers", "0"], "error: --softmax-layers must be within 1..4, not 0"),
-    (["--softmax-layers", "5"], "error: --softmax-layers must be within 1..4, not 5"),
-    (["--select", "published"], "no selection of 1 layers is published for 'teacher'"),
-    (["--baselines", "middle"], "not 'middle'"), (["--data", "empty.jsonl"], "it is empty"),
-    (["--micro-batch", "-1"], "--micro-batch must be at least 1"), (["--align-lr", "0"], "lr > 0"),
-    (["--out", "bad.txt"], "cannot write in --out bad.txt"), ([], "is in use by another process"),
+    (["--data", "empty.jsonl"], "it is empty"), ([], "is in use by another process"),
+    (["--out", "bad.txt"], "cannot write in --out bad.txt"), (["--select", "published"], "by ga"),
     (["--data", "null.jsonl"], "it holds no text"), (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
     (["--data", "empty.jsonl", "--data-config", "x"], "--data-config is for a dataset of the hub"),
-    (["--align-batch", "0"], "a stage wants tokens, a batch"), (["--held-out", "5000"], "part has"),
-    *[(["--data", f"wrong-{n}.npy"], "it must hold a row of token ids, integers below 384")
-      for n in range(5)],
+    *[(["--data", f"{n}.npy"], "a row of token ids, integers below 384") for n in range(5)],
 ]  # fmt: skip
-NO_TOKENS = [np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1), np.ones(0, int)]
 
 @pytest.mark.parametrize("more,sentence", WRONG, ids=lambda value: str(value)[:24])
-def test_wrong_input_gets_one_sentence_before_anything_trains(
-    more, sentence, folder, capsys, monkeypatch
-):
+def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    for n, ids in enumerate(NO_TOKENS):
-        np.save(f"wrong-{n}.npy", ids)
+    wrong = np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1), np.ones(0, int)
+    for n, ids in enumerate(wrong):
+        np.save(f"{n}.npy", ids)
     Path("run").mkdir()
     Path("bad.txt").write_bytes(b"\xff")
     Path("empty.jsonl").touch()
@@ -1111,15 +1050,9 @@ def test_wrong_input_gets_one_sentence_before_anything_trains(
         assert hd.main(arguments(folder, *more)) == 1
     error = capsys.readouterr().err.split("error: ", 1)[1].strip()
     assert sentence in f"error: {error}" and "\n" not in error, error
-    assert not list(folder.glob("run/align-*"))
-
-def test_a_bug_in_a_mixer_keeps_its_traceback(folder, monkeypatch):
-    monkeypatch.setattr(hd.GatedDeltaNet, "forward", lambda self, x, **others: (None, *x.shape)[5])
-    with pytest.raises(IndexError):
-        hd.main(arguments(folder))
+    assert not list(folder.glob("run/align-*"))  # before anything trains
 
 # ------------------------------------------------------------------- clients of the saved student
-
 @pytest.fixture(scope="module")
 def saved_student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "student"
@@ -1138,25 +1071,20 @@ def test_a_student_on_the_hub_loads(saved_student, tmp_path):
     (hub / "refs" / "main").write_text("0" * 40)
     x, student = tokens(1, 9), load("someone/student", cache_dir=tmp_path)
     assert torch.equal(student(x).logits, load(saved_student)(x).logits)
-    brought = {"filelock", "huggingface_hub", "numpy", "safetensors", "tokenizers", "tqdm",
-               "transformers"}  # by transformers  # fmt: skip
-    for file, others in (("hybrid_distill.py", brought), ("kernels.py", set())):
+    brought = "filelock huggingface_hub numpy safetensors tokenizers tqdm transformers".split()
+    for file, others in (("hybrid_distill.py", brought), ("kernels.py", [])):
         needed = set(dynamic_module_utils.get_imports(HERE / file))
-        assert needed - others <= {"torch", *sys.stdlib_module_names}, file
+        assert needed <= {"torch", *others, *sys.stdlib_module_names}, file
 
 def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path):
     model, x, teacher = load(saved_student), tokens(1, 9), make_teacher("qwen3")
     assert list(hd.mixers(model)) == [0, 2, 3] and hd.running_cost(model, 16)["cache_bytes"] > 0
-    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert equal(weights(load(tmp_path / "shards")), weights(model))
     how = dict(model=str(saved_student), trust_remote_code=True)
     write = transformers.pipeline("text-generation", **how)
     text = write("a prompt", max_new_tokens=8, do_sample=False)[0]["generated_text"]
     prompt = hd.byte_tokenizer()("a prompt", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
     assert text == hd.byte_tokenizer().decode(written)
-
     for p in teacher.parameters():  # not the buffers, as in loading
         p.data = p.data.bfloat16()
     student, hybrid = make_student(teacher, [1]), hd.HYBRIDS[type(teacher)]
@@ -1177,32 +1105,31 @@ def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path):
         load(tmp_path)
 
 def test_compiled_in_one_graph_and_with_another_attention(saved_student):
-    model, x, positions = load(saved_student), tokens(1, 20), torch.arange(20)[None]
+    model, x, at = load(saved_student), tokens(1, 20), torch.arange(20)[None]
     del model.model.layers[2:]  # one of each kind is left
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for more in ({"position_ids": positions}, {"position_ids": positions % 8},
-                 {"attention_mask": positions > 3}, {"cu_seq_lens_q": torch.tensor([0, 8, 20])}):
-        same(*(run(x, use_cache=False, **more).logits for run in (compiled, model)))
+    compiled, ends = torch.compile(model, backend="eager", fullgraph=True), torch.tensor([0, 8, 20])
+    for how in ({"position_ids": at % 8}, {"attention_mask": at > 3}, {"cu_seq_lens_q": ends}):
+        same(*(run(x, use_cache=False, **how).logits for run in (compiled, model)))
     plain, kept = model(x).logits, model.model.layers[1].self_attn.config
     model.set_attn_implementation("eager")
     assert kept._attn_implementation == "eager"
     same(model(x).logits, plain)
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_trainer_takes_a_step_and_its_checkpoint_loads(lora, saved_student, tmp_path):
+def test_trainer_takes_a_step_and_its_checkpoint_loads(lora, saved_student, tmp_path, watch):
     pytest.importorskip("accelerate")
     ids, model, peft = list(range(5, 30)), load(saved_student), pytest.importorskip("peft")
     row = {"input_ids": ids, "labels": ids, "attention_mask": [0] * 3 + [1] * 22}
     targets, before = ["q_proj", "g_proj", "a_proj", "o_proj"], weights(model)
     config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    trained = peft.get_peft_model(model, config) if lora else model
+    trained, mixer = peft.get_peft_model(model, config) if lora else model, hd.mixers(model)[0]
+    if not lora:
+        hd.recompute_activations(model)
+    runs = watch(mixer, "chunk")
     how = dict(max_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2)
-    names = ("activation_checkpointing", "gradient_checkpointing")  # renamed within transformers 5
-    how[next(n for n in names if hasattr(transformers.TrainingArguments, n))] = not lora
     args = transformers.TrainingArguments(tmp_path, **how)
     trainer = transformers.Trainer(model=trained, args=args, train_dataset=[row] * 2)
-    assert math.isfinite(trainer.train().training_loss)
-    mixer = model.model.layers[0].self_attn
+    assert math.isfinite(trainer.train().training_loss) and len(runs) == (1 if lora else 2)
     for name in targets if lora else ():
         assert mixer.get_submodule(name).lora_B["default"].weight.any(), name
     if not lora:
@@ -1225,7 +1152,6 @@ def test_needle_prompts_hold_their_answer_and_whole_answers_count():
     assert hd.recall_accuracy(model, prompts, prompts[:, :2]) == 0.5
 
 # ---------------------------------------------------------------------- processes of their own
-
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported it all
 FORKS.set_forkserver_preload(["hybrid_distill", __name__])
 
@@ -1289,14 +1215,13 @@ def test_killed_at_every_save_a_run_ends_with_the_same_numbers(folder):
 
 def test_two_processes_train_what_one_does_killed_or_not(folder):
     calm = ran(folder, out="calm")
-    for world, stop in ((2, "save run/align"), (2, "run/select"), (2, "save run/distill")):
-        codes, said = processes(folder, world=world, stop=stop)
+    for stop in ("save run/align", "run/select", "save run/distill"):
+        codes, said = processes(folder, world=2, stop=stop)
         assert -signal.SIGKILL in codes and 0 not in codes, said
     same_run(calm, ran(folder))  # resumed by one
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    args = arguments(folder, "--distill-lr", 2e-4, "--finetune-lr", 2e-5)
-    done = subprocess.run([sys.executable, *torchrun, HERE / "hybrid_distill.py", *args],
-                          stderr=subprocess.PIPE, text=True)  # fmt: skip
+    args = [*torchrun, HERE / "hybrid_distill.py", *arguments(folder, "--finetune-lr", 2e-5)]
+    done = subprocess.run([sys.executable, *args], stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -1308,9 +1233,9 @@ def test_two_processes_deal_out_candidates_or_shard_them(fits, folder):
     run = json.loads((folder / "run" / "report.json").read_text())
     same_run(calm, run)
     assert run["chosen"] == calm["chosen"] and run["rows"][1]["cost"] == calm["rows"][1]["cost"]
-    for name, score in calm["scores"]["gates+ga-s2"].items():
-        if "gates" not in name:
-            assert run["scores"]["gates+ga-s2"][name]["kl"] == pytest.approx(score["kl"], rel=0.02)
+    scores, others = (x["scores"]["gates+ga-s2"] for x in (calm, run))
+    for name in (name for name in scores if "gates" not in name):
+        assert others[name]["kl"] == pytest.approx(scores[name]["kl"], rel=0.02)
     files = [json.loads(f.read_text()) for f in sorted((folder / "run").glob("select-*.json"))]
     assert len(files) == 2 and (files[0].keys() != files[1].keys()) == fits
     codes, said = processes(folder, "--select", "9", world=2)
