@@ -1118,13 +1118,16 @@ def test_compiled_in_one_graph_and_with_another_attention(saved_student):
 @pytest.mark.parametrize("lora", [False, True])
 def test_trainer_takes_a_step_and_its_checkpoint_loads(lora, saved_student, tmp_path, watch):
     pytest.importorskip("accelerate")
-    ids, model, peft = list(range(5, 30)), load(saved_student), pytest.importorskip("peft")
+    ids, model = list(range(5, 30)), load(saved_student)
     row = {"input_ids": ids, "labels": ids, "attention_mask": [0] * 3 + [1] * 22}
     targets, before = ["q_proj", "g_proj", "a_proj", "o_proj"], weights(model)
-    config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    trained, mixer = peft.get_peft_model(model, config) if lora else model, hd.mixers(model)[0]
-    if not lora:
-        hd.recompute_activations(model)
+    mixer = hd.mixers(model)[0]
+    if lora:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+        trained = peft.get_peft_model(model, config)
+    else:
+        hd.recompute_activations(trained := model)
     runs = watch(mixer, "chunk")
     how = dict(max_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2)
     args = transformers.TrainingArguments(tmp_path, **how)
