@@ -459,29 +459,29 @@ def test_a_student_of_a_bf16_teacher_can_be_sharded(tmp_path, request):
 @torch.no_grad()
 def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer, kept, watch):
     student, x = make_student(make_teacher(family), kept, mixer), tokens(2, 23)
-    full, cache, pieces = student(x).logits, DynamicCache(config=student.config), []
-    steps = watch(hd, "gated_delta_step")
-    for part in x.split([10, 1, 1, 1, 1, 1, 8], dim=1):  # token by token, then a second prefill
-        pieces.append(student(part, use_cache=True, **{CACHE: cache}).logits)
-    same(torch.cat(pieces, 1), full)
-    assert cache.get_seq_length() == 23
-    assert len(steps) == 5 * len(hd.mixers(student)) * (mixer == "gdn")
-    mask = torch.ones(2, 23, dtype=torch.long)
-    mask[0, :7] = 0  # row 0 is shorter, left-padded
+    mask, cache, pieces = torch.ones(2, 23, dtype=torch.long), DynamicCache(), []
+    mask[0, :12] = 0  # row 0 is shorter, left-padded, into the first steps
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     padded = student(x, attention_mask=mask, position_ids=positions).logits
-    same(padded[:1, 7:], student(x[:1, 7:]).logits)
+    same(padded[:1, 12:], student(x[:1, 12:]).logits)
+    steps = watch(hd, "gated_delta_step")
+    for start, end in itertools.pairwise((0, 10, 11, 12, 13, 14, 15, 23)):  # then more at once
+        how = dict(attention_mask=mask[:, :end], position_ids=positions[:, start:end])
+        pieces.append(student(x[:, start:end], use_cache=True, **how, **{CACHE: cache}).logits)
+    same(torch.cat(pieces, 1)[mask > 0], padded[mask > 0])
+    assert cache.get_seq_length() == 23
+    assert len(steps) == 5 * len(hd.mixers(student)) * (mixer == "gdn")
     for real in (1 + torch.arange(23) // 5, 255, -1, 0.5, True):  # any number that is not 0
         masked = student(x, attention_mask=mask * real, position_ids=positions)
         assert torch.equal(masked.logits, padded)
     how = dict(max_new_tokens=8, **GREEDY)
-    alone, uncached = (student.generate(x[:1, 7:], use_cache=c, **how)[0] for c in (True, False))
-    together = student.generate(x, attention_mask=mask, **how)[0, 7:]
+    one, use, write = x[:1, 12:], (True, False), student.generate
+    alone, uncached = (write(one, use_cache=cached, **how)[0] for cached in use)
+    together = write(x, attention_mask=mask, **how)[0, 12:]
     assert alone.tolist() == uncached.tolist() == together.tolist()
     if len(kept) == 1:
         how |= dict(num_beams=3, num_return_sequences=2)
-        beams = [student.generate(x, use_cache=use, **how).tolist() for use in (True, False)]
-        assert beams[0] == beams[1]
+        assert equal(*({0: write(x, use_cache=cached, **how)} for cached in use))
 
 def test_what_cannot_work_says_so():
     student, x, ends = make_student(make_teacher(), [0]), tokens(1, 6), torch.tensor([0, 2, 6])
