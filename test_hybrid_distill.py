@@ -10,13 +10,11 @@ import math
 import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -27,11 +25,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, dynamic_module_utils
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.cache_utils import Cache
 
 import hybrid_distill as hd
 import kernels
@@ -78,9 +76,6 @@ def same(a, b, tolerance=2e-5):
     a, b = a.detach(), b.detach()
     assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
-def cache_of(output):
-    return next(value for value in output.values() if isinstance(value, Cache))
-
 class Weights(dict):
     def __repr__(self):  # pytest shows what a failed assert compared; all the numbers take minutes
         return f"<{len(self)} tensors>"
@@ -113,20 +108,14 @@ def watch(monkeypatch):
     return watch
 
 # -------------------------------------------------- kernels.py, against the fp64 recurrence
-
-KINDS = ["random", "identical", "underflow"]
-HEADS = [(64, 64), (128, 128), (60, 100), (256, 256)]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KERNELS = {name: kernel for name, kernel in vars(kernels).items() if name.endswith("_kernel")}
-NAMES = "recurrent", "torch_chunk", "chunk"
-RULES = {name: getattr(kernels, f"{name}_gated_delta_rule") for name in NAMES}
-rule, triton_rule = kernels.chunk_gated_delta_rule, kernels.triton_chunk_gated_delta_rule
+rule, recurrent = kernels.chunk_gated_delta_rule, kernels.recurrent_gated_delta_rule
+torch_rule = kernels.torch_chunk_gated_delta_rule
 
 # Triton reads TRITON_INTERPRET when it is imported: these run in a process of their own
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_kernels_in_the_interpreter"
 )
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter(request):
@@ -146,42 +135,26 @@ def right(inputs, limit, rule=rule, **options):
 def run_rule(q, k, v, g, beta, S, rule=rule, **options):
     return rule(q, k, v, g, beta, None, S, True, True, **options)
 
-def example(*shape, kind):
-    """As kernels.example; in "forgetful" the log-decays of "underflow" are -inf."""
-    q, k, v, g, *others = kernels.example(*shape, kind.replace("forgetful", "underflow"))
-    return [q, k, v, g.where((g > -1000) | (kind == "underflow"), -torch.inf), *others]
-
-@pytest.mark.parametrize("kind", [*KINDS, "forgetful"])
+@pytest.mark.parametrize("kind", ["random", "identical", "underflow"])
 @pytest.mark.parametrize("T,Dk,Dv", [(1, 16, 16), (63, 60, 100), (75, 100, 60), (200, 64, 128)])
 def test_chunked_pytorch_is_the_recurrence(T, Dk, Dv, kind):
-    right(example(2, T, 2, 4, Dk, Dv, kind=kind), 1e-5, backend="torch")
+    right(kernels.example(2, T, 2, 4, Dk, Dv, kind), 1e-5, backend="torch")
 
-def test_chunked_pytorch_has_a_gradient_and_no_second_one():
+def test_chunked_pytorch_has_one_gradient_ignores_autocast_and_copies_out():
     inputs = [x.double().requires_grad_() for x in kernels.example(1, 37, 1, 2, 3, 4)]
     torch.autograd.gradcheck(run_rule, inputs)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(run_rule(*inputs)[0].sum(), inputs[0], create_graph=True)
+    names = "l2norm", "ChunkedTorch", "torch_chunk_gated_delta_rule"
+    copied, inputs = {"torch": torch, "F": F}, kernels.example(1, 70, 1, 2, 16, 24)
+    exec("\n".join(inspect.getsource(getattr(kernels, name)) for name in names), copied)
+    right(inputs, 1e-5, copied[names[2]])
+    for each in (recurrent, torch_rule):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run_rule(*inputs, each)
+        assert all(map(torch.equal, run_rule(*inputs, each), found))
 
-@pytest.mark.parametrize("name", ["recurrent", "torch_chunk"])
-def test_pytorch_ignores_autocast(name):
-    rule, inputs = RULES[name], kernels.example(1, 9, 1, 2, 16, 24)
-    plain = run_rule(*inputs, rule)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert all(map(torch.equal, plain, run_rule(*inputs, rule)))
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_trial_inside_a_checkpoint_stays_out_of_its_bookkeeping(reentrant):
-    inputs, trials = kernels.example(1, 20, 1, 1, 16, 16)[:5], []
-
-    def traced(*x):
-        if not trials:
-            trials.extend(kernels.errors(rule, kernels.example(1, 130, 1, 1, 16, 16)))
-        return rule(*x)
-
-    inside = gradients(functools.partial(checkpoint, traced, use_reentrant=reentrant), inputs)
-    assert max(trials) < 1e-5 and all(map(torch.equal, inside, gradients(rule, inputs)))
-
-def check_packed(limit, inputs, rule=rule, truth=RULES["recurrent"], **options):
+def check_packed(limit, inputs, rule=rule, truth=recurrent, **options):
     """Three sequences in one row, cu_seqlens strided on purpose: each is what it is alone."""
     inputs = [x[:1] for x in inputs[:5]]
     ends = torch.tensor([0, 1, 66, 130], device=inputs[0].device).repeat_interleave(2)[::2]
@@ -200,41 +173,31 @@ def check_packed(limit, inputs, rule=rule, truth=RULES["recurrent"], **options):
         assert (x - y).norm() <= limit * y.norm(), name
     assert not found[4][:, [1, 66]].any()  # nothing before a sequence decays
 
-def test_packed_sequences_do_not_leak():
-    check_packed(1e-5, kernels.example(2, 130, 1, 2, 16, 16), backend="torch")
-
 @interpreted
 @pytest.mark.parametrize("T,HV,Dk,Dv,kind", [
     (1, 1, 16, 16, "random"), (33, 1, 60, 100, "random"), (70, 2, 16, 24, "underflow"),
-    (70, 1, 100, 20, "identical"), (40, 1, 130, 20, "random"), (40, 1, 16, 24, "forgetful"),
+    (70, 1, 100, 20, "identical"), (40, 1, 130, 20, "random"),
 ])  # fmt: skip
 def test_interpreted_triton_is_the_recurrence(T, HV, Dk, Dv, kind):
-    right(example(1, T, 1, HV, Dk, Dv, kind=kind), 2e-4, backend="triton")
+    right(kernels.example(1, T, 1, HV, Dk, Dv, kind), 2e-4, backend="triton")
 
 @interpreted
-def test_interpreted_triton_packed_and_fp16():
+def test_interpreted_triton_packed_in_fp16_of_nan_under_autocast_checkpointing_and_compile():
     check_packed(2e-4, kernels.example(2, 130, 1, 2, 16, 16), backend="triton")
     right(kernels.example(1, 70, 1, 1, 32, 16, "identical", torch.float16), 5e-3, backend="triton")
-    inputs = kernels.example(1, 70, 1, 1, 32, 16)[:5]
-    inputs[3][0, 66] = math.nan  # is seen from there on, not taken for a decay
-    x = [t.requires_grad_() for t in inputs]
-    o = rule(*x, use_qk_l2norm_in_kernel=True, backend="triton")[0]
+    run, x = functools.partial(run_rule, backend="triton"), kernels.example(1, 70, 1, 1, 32, 16)
+    x[3][0, 66] = math.nan  # is seen from there on, not taken for a decay
+    o = run(*x)[0]
     assert o[:, 66:].isnan().all() and not o[:, :64].isnan().any()
-    assert all(dx.isnan().any() for dx in torch.autograd.grad(o.sum(), x))
-
-@interpreted
-def test_interpreted_triton_under_autocast_checkpointing_and_compile():
+    assert all(dx.isnan().any() for dx in gradients(run, x))
     inputs = kernels.example(1, 40, 1, 1, 16, 16)
-    run = functools.partial(run_rule, backend="triton")
-    o, S = run(*inputs)
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    compiled, o = torch.compile(run, backend="aot_eager", fullgraph=True), run(*inputs)[0]
     same(compiled(*inputs)[0], o)
     with torch.autocast("cpu", torch.float16):  # the interpreter has no bf16 products
-        half, S_half = run(*inputs)
-    assert half.dtype == torch.float16 and S_half.dtype == torch.float32
+        half, S = run(*inputs)
+    assert half.dtype == torch.float16 and S.dtype == torch.float32
     assert float((half - o).norm() / o.norm()) < 2e-2
-    checkpointed = functools.partial(checkpoint, run, use_reentrant=False)
-    for wrapped in (checkpointed, compiled):
+    for wrapped in (functools.partial(checkpoint, run, use_reentrant=False), compiled):
         assert all(map(torch.equal, gradients(wrapped, inputs), gradients(run, inputs)))
 
 def step_example(D, B=3, H=4, dtype=torch.float32):
@@ -244,107 +207,59 @@ def step_example(D, B=3, H=4, dtype=torch.float32):
     real, A_log = torch.tensor([[0, 2], [1, 0], [0, 1]])[:, 1], torch.linspace(2, -2, H)  # strided
     return q, k, v, a, 4 * b, v + q, A_log, dt_bias, weight, 1e-3, S, real
 
-def step_in_fp64(*x):
-    return kernels.torch_gated_delta_step(*(y.double() if torch.is_tensor(y) else y for y in x))
-
 @pytest.mark.parametrize("D", [12, 60, 100, 256])
 @pytest.mark.parametrize("step", [kernels.gated_delta_step, pytest.param(
     kernels.triton_gated_delta_step, marks=interpreted, id="interpreted")])  # fmt: skip
 def test_the_fused_step_is_its_equations(step, D):
+    exact = lambda *x: kernels.torch_gated_delta_step(
+        *(y.double() if torch.is_tensor(y) else y for y in x)
+    )
     *x, S, real = step_example(D)
     found, old = step(*x, S, real), S.clone()
-    assert all((y - z).norm() <= 1e-6 * z.norm() for y, z in zip(found, step_in_fp64(*x, S, real)))
+    assert all((y - z).norm() <= 1e-6 * z.norm() for y, z in zip(found, exact(*x, S, real)))
     assert torch.equal(found[1][1], S[1]) and torch.equal(S, old)  # padding; out of place
     assert all(map(torch.equal, step(*x, S, real != 0), found))
     assert all(map(torch.equal, step(*x, None), step(*x, 0 * S, torch.ones(3))))
     q, k, *x = step_example(D, dtype=torch.float16)  # Qwen3's norms may leave q and k in fp32
-    (o, S), exact = step(q.float(), k.float(), *x), step_in_fp64(q, k, *x)
+    (o, S), (o_64, S_64) = step(q.float(), k.float(), *x), exact(q, k, *x)
     assert o.dtype == torch.float16 and S.dtype == torch.float32
-    assert (o - exact[0]).norm() <= 5e-4 * o.norm() and (S - exact[1]).norm() <= 1e-6 * S.norm()
+    assert (o - o_64).norm() <= 5e-4 * o.norm() and (S - S_64).norm() <= 1e-6 * S.norm()
 
 def test_the_step_is_plain_where_gradients_are_wanted_and_in_compile(monkeypatch):
     monkeypatch.setattr(kernels, "step_backend", lambda *_: pytest.fail("not to be asked"))
-    run, inputs = kernels.gated_delta_step, step_example(3, H=2)
+    step, inputs = kernels.gated_delta_step, step_example(3, H=2)
     exact = [x.double().requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
-    torch.autograd.gradcheck(lambda *x: run(*x[:-2], 1e-3, *x[-2:]), exact)
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
+    torch.autograd.gradcheck(lambda *x: step(*x[:-2], 1e-3, *x[-2:]), exact)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(*inputs)
     assert all(map(torch.equal, compiled, kernels.torch_gated_delta_step(*inputs)))
 
-@on_a_gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_every_kernel_on_the_gpu_is_the_recurrence(heads, dtype):
-    for T, kind in itertools.product((1, 75, 200), KINDS):
-        # like keys at d = 256: bf16 dbeta 1.2e-2 was seen
-        like = 2 if kind == "identical" and heads == (256, 256) else 1
-        inputs = kernels.example(2, T, 2, 4, *heads, kind, dtype, "cuda")
-        right(inputs, like * kernels.LIMITS[dtype], triton_rule)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_kernel_on_the_gpu_is_the_recurrence_and_taken(dtype):
+    for heads, kind in itertools.product(((64, 64), (60, 100)), ("random", "identical")):
+        inputs = kernels.example(2, 200, 2, 4, *heads, kind, dtype, "cuda")
+        right(inputs, kernels.LIMITS[dtype], kernels.triton_chunk_gated_delta_rule)
+        assert all(map(torch.equal, run_rule(*inputs), run_rule(*inputs, backend="triton")))
     packed = kernels.example(2, 130, 1, 2, 64, 64, "random", dtype, "cuda")
     check_packed(2 * kernels.LIMITS[dtype], packed, backend="triton")
 
-@on_a_gpu
-def test_auto_takes_triton_on_the_gpu(recwarn):
-    inputs = kernels.example(1, 70, 2, 2, 64, 64, "random", torch.bfloat16, "cuda")
-    assert all(map(torch.equal, run_rule(*inputs), run_rule(*inputs, backend="triton")))
-    step = kernels.one_token(*inputs)
-    fused = kernels.triton_gated_delta_step(*step)
-    with torch.no_grad():
-        assert all(map(torch.equal, kernels.gated_delta_step(*step), fused)) and not recwarn.list
-
-@pytest.mark.parametrize(
-    "change,sentence",
-    [(dict(k=torch.zeros(1, 8, 2, 8)), "k must be"), (dict(g=torch.zeros(1, 8, 3)), "g must be"),
-     (dict(v=torch.zeros(1, 8, 3, 16)), "a multiple of the 2"),
-     (dict(q=torch.zeros(1, 0, 2, 16)), r"\[B, T, H, D\], not empty"),
-     ({x: torch.zeros(1, 2, 8, 16) for x in "qkv"}, r"g must be \[1, 2, 8\]"),
-     (dict(g=torch.full((1, 8, 2), 0.1)), "g must be <= 0"),
-     (dict(initial_state=torch.zeros(1, 2, 16, 8)), "initial_state must be"),
-     (dict(cu_seqlens=torch.tensor([[0, 8]])), r"must be \[N \+ 1\]"),
-     (dict(cu_seqlens=torch.tensor([0, 8]), output_final_state=True), "no state is given or kept"),
-     (dict(backend="cuda"), "backend"), (dict(backend="triton"), "is not possible"),
-     (dict(inital_state=None), "inital_state")],
-)  # fmt: skip
+@pytest.mark.parametrize("change,sentence", [
+    (dict(k=torch.zeros(1, 8, 2, 8)), "k must be"), (dict(g=torch.zeros(1, 8, 3)), "g must be"),
+    (dict(v=torch.zeros(1, 8, 3, 16)), "a multiple of the 2"),
+    (dict(q=torch.zeros(1, 0, 2, 16)), r"\[B, T, H, D\], not empty"),
+    (dict(g=torch.full((1, 8, 2), 0.1)), "g must be <= 0"),
+    (dict(initial_state=torch.zeros(1, 2, 16, 8)), "initial_state must be"),
+    (dict(cu_seqlens=torch.tensor([[0, 8]])), r"must be \[N \+ 1\]"),
+    (dict(cu_seqlens=torch.tensor([0, 8]), output_final_state=True), "no state is given or kept"),
+    (dict(backend="cuda"), "backend"), (dict(backend="triton"), "is not possible"),
+    (dict(inital_state=None), "inital_state"),
+])  # fmt: skip
 def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
     inputs = dict(zip(("q", "k", "v", "g", "beta"), kernels.example(1, 8, 2, 2, 16, 16)))
     alone = {"cu_seqlens", "backend"} & change.keys()
-    for wrong in (rule,) if alone else (rule, RULES["recurrent"]):
+    for wrong in (rule,) if alone else (rule, recurrent):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=sentence):
             wrong(**{**inputs, **change})
-
-def test_the_rules_share_one_signature():
-    one, two, chunk = ([*inspect.signature(f).parameters.items()] for f in RULES.values())
-    assert one == two == chunk[: len(one)]
-
-def test_the_chunked_pytorch_copies_out():
-    names = "l2norm", "ChunkedTorch", "torch_chunk_gated_delta_rule"
-    alone = {"torch": torch, "F": F}
-    exec("\n".join(inspect.getsource(getattr(kernels, name)) for name in names), alone)
-    right(kernels.example(1, 70, 1, 2, 16, 24), 1e-5, alone["torch_chunk_gated_delta_rule"])
-
-def test_python_kernels_fails_where_an_error_exceeds_its_limit(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(kernels.LIMITS, torch.float32, 1e-9)
-    with pytest.raises(SystemExit, match="an error exceeds its limit"):
-        runpy.run_path(HERE / "kernels.py", run_name="__main__")
-    assert "EXCEEDS ITS LIMIT" in capsys.readouterr().out
-    shutil.copy(HERE / "kernels.py", tmp_path)  # as in a saved student
-    with pytest.raises(SystemExit, match="are not here"):
-        runpy.run_path(tmp_path / "kernels.py", run_name="__main__")
-
-def test_the_rule_is_called_as_that_of_transformers():
-    qwen3_next = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
-    inputs = kernels.example(2, 75, 4, 4, 16, 8)
-    theirs = inspect.unwrap(qwen3_next.torch_chunk_gated_delta_rule)
-    names = "initial_state", "output_final_state", "use_qk_l2norm_in_kernel", "cu_seqlens"
-    how = dict(zip(names, (inputs.pop(), True, True, None)), use_cache=True)
-    for found, expected in zip(rule(*inputs, **how), theirs(*inputs, **how)):
-        same(found, expected, 1e-4)
-
-def test_one_compiled_function_serves_heads_of_any_size():
-    run = functools.partial(rule, use_qk_l2norm_in_kernel=True)
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    for shape in ((2, 35, 2, 4, 20, 24), (1, 9, 1, 3, 8, 40)):
-        inputs = kernels.example(*shape)[:5]
-        same(compiled(*inputs)[0], run(*inputs)[0], 1e-6)
 
 def gla_example(T, decay):
     q, k, v, _, beta, S = kernels.example(2, T, 3, 3, 12, 20)
@@ -353,10 +268,7 @@ def gla_example(T, decay):
 
 def of_gla(rule):
     """With the arguments of the gated delta rule, as `kernels.everything` gives them."""
-    def run(q, k, v, g, beta, scale, S, keep, norm, **options):
-        return rule(q, k, beta * v, g, scale, S, keep, **options)
-
-    return run
+    return lambda q, k, v, g, b, c, S, keep, _, **how: rule(q, k, b * v, g, c, S, keep, **how)
 
 chunk_gla, recurrent_gla = of_gla(kernels.chunk_gla), of_gla(kernels.recurrent_gla)
 
@@ -368,16 +280,15 @@ def test_chunked_gla_is_the_recurrence(T, decay):
     for found, true in zip(kernels.everything(chunk_gla, inputs), truth):
         assert torch.isfinite(found).all() and (found - true).norm() <= 1e-6 * true.norm()
 
-def test_gla_packed_and_of_wrong_shapes():
+def test_packed_sequences_do_not_leak_and_gla_of_wrong_shapes():
+    check_packed(1e-5, kernels.example(2, 130, 1, 2, 16, 16), backend="torch")
     check_packed(1e-5, gla_example(130, -50.0), chunk_gla, recurrent_gla)
-    q, k, v, g, _, S = gla_example(9, -50.0)
+    q, k, v, g, *_ = gla_example(9, -50.0)
     for wrong in (kernels.chunk_gla, kernels.recurrent_gla):
         with pytest.raises(ValueError, match="g must be"):
             wrong(q, k, v, g[..., 0])
         with pytest.raises(ValueError, match="as many"):
             wrong(q[:, :, :1], k[:, :, :1], v, g)
-    with pytest.raises(ValueError, match="no state is given or kept"):
-        kernels.chunk_gla(q[:1], k[:1], v[:1], g[:1], None, S[:1], cu_seqlens=torch.tensor([0, 9]))
 
 def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     """Every launch of a forward, a backward and a decoding step: kernel, grid, arguments, how."""
@@ -398,25 +309,17 @@ def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     monkeypatch.undo()
     return found
 
-SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have, by compute capability
-SPILLED = {64: (430, 220), 100: (2300, 640), 128: (2100, 140), 256: (4700, 950)}  # Ampere, later
-EVERYTHING = [(heads, chip, dtype) for heads in HEADS for chip in SHARED for dtype in DTYPES]
-SOME = [EVERYTHING[i] for i in (0, 12, 25)]
-FULL = os.environ.get("HYBRID_DISTILL_FULL") == "1"
-
-@pytest.mark.parametrize("heads,capability,dtype", EVERYTHING if FULL else SOME, ids=str)
-def test_every_kernel_compiles_for_real_chips(monkeypatch, tmp_path, heads, capability, dtype):
-    triton = pytest.importorskip("triton", minversion="3.8")  # before, it spills more
+@pytest.mark.parametrize("heads,capability,dtype,shared", [  # bytes that a block may have
+    ((64, 64), 80, torch.bfloat16, 166_912), ((128, 128), 90, torch.bfloat16, 232_448),
+    ((60, 100), 100, torch.float16, 232_448),
+])  # fmt: skip
+def test_every_kernel_compiles_for_real_chips(monkeypatch, heads, capability, dtype, shared):
+    triton = pytest.importorskip("triton", minversion="3.7.1")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
-    # fp32 products, not in tensor cores, fill the registers; on Ampere the tiles, chosen on Hopper,
-    # are too large from d = 100 on
-    most_spilled = 8000 if dtype == torch.float32 else SPILLED[max(heads)][capability >= 90]
-    compiled, tools = set(), Path(triton.__file__).parent / "backends/nvidia/bin"
-    dump = tools / "cuobjdump", "--dump-resource-usage"  # spilled registers: the stack, in bytes
-    chip, tiles = types.SimpleNamespace(type="cuda"), kernels.tiles.__wrapped__
+    compiled, chip, tiles = set(), types.SimpleNamespace(type="cuda"), kernels.tiles.__wrapped__
     monkeypatch.setattr(kernels, "tiles", lambda *how: tiles(*how[:-1], chip))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(capability, 10))
     for kernel, _, args, options in launches(monkeypatch, *heads, dtype):
@@ -428,21 +331,14 @@ def test_every_kernel_compiles_for_real_chips(monkeypatch, tmp_path, heads, capa
         attrs = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(kinds.values()) if "*" in x}
         source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=attrs)
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
-        assert binary.metadata.shared <= SHARED[capability], kernel.__name__
-        (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
-        usage = subprocess.check_output([*dump, tmp_path / "cubin"], text=True)
-        assert int(re.search(r"STACK:(\d+)", usage)[1]) <= most_spilled, kernel.__name__
+        assert binary.metadata.shared <= shared, kernel.__name__
         compiled.add(kernel.__name__)
     assert compiled == set(KERNELS)
-
-def test_a_large_batch_fits_the_grid(monkeypatch):
-    """40,000 sequences of 4 heads: more than the second axis of a CUDA grid can hold."""
-    pytest.importorskip("triton")
+    # 40,000 sequences of 4 heads: more than the second axis of a CUDA grid can hold
     for kernel, grid, *_ in launches(monkeypatch, 64, 64, torch.bfloat16, 40_000, "meta"):
         assert all(n <= m for n, m in zip(grid, (2**31 - 1, 65_535))), (kernel.__name__, grid)
 
 # ------------------------------------------------------------------------------ mixer and stage 0
-
 bf16_default = functools.partial(hd.transformers.modeling_utils.local_torch_dtype, torch.bfloat16)
 
 @pytest.mark.parametrize("mixer", hd.MIXERS)
@@ -476,7 +372,8 @@ def test_the_mixer_is_its_equations_with_the_teachers_heads(family, mixer):
     y = attn.o_proj(o.flatten(2) * F.silu(x @ m.g_proj.weight.T))
     same(m.float()(x.float())[0].double(), y, 1e-4)
 
-def test_gates_start_where_the_paper_says():
+@pytest.mark.parametrize("half", [True, False])
+def test_gates_start_where_the_paper_says_and_decay_in_fp32(half, watch):
     torch.manual_seed(0)
     sizes = {**SIZES, "hidden_size": 1024, "num_attention_heads": 1024, "num_hidden_layers": 1}
     with bf16_default():
@@ -486,15 +383,11 @@ def test_gates_start_where_the_paper_says():
     assert 0 < A.min() and A.max() <= 16.001 and abs(float(A.mean()) - 8) < 0.5
     assert 0.99e-3 <= dt.min() and dt.max() <= 1.01e-1 and len(dt.unique()) > 1000  # bf16 has 850
     assert abs(float(dt.log().mean()) - math.log(1e-2)) < 0.1
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_decay_of_a_bf16_model_is_computed_in_fp32(training, watch):
     teacher = make_teacher().bfloat16()
     student, wanted = make_student(teacher), weights(make_student(teacher))
     with bf16_default():
         assert equal(weights(make_student(teacher)), wanted)
-    assert {p.dtype for p in wanted.values()} == {torch.float32}
-    student = student if training else hd.to_teachers_dtype(student)
+    student = hd.to_teachers_dtype(student) if half else student
     m, x = student.model.layers[0].self_attn, torch.randn(1, 7, 32).to(student.dtype)
     calls = watch(m, "chunk")
     with hd.autocast(student):
@@ -503,43 +396,18 @@ def test_the_decay_of_a_bf16_model_is_computed_in_fp32(training, watch):
     assert q.dtype == a.dtype == torch.bfloat16 and g.dtype == beta.dtype == torch.float32
     assert torch.equal(g, -m.A_log.exp() * F.softplus(a.float() + m.dt_bias))
 
-@pytest.mark.parametrize("mixer,dtype,tolerance", [
-    ("gdn", torch.float32, 2e-5), ("gdn", torch.bfloat16, 3e-2), ("gla", torch.float32, 2e-5),
-])  # fmt: skip
-def test_steps_and_padding_give_the_state_of_the_real_tokens(mixer, dtype, tolerance, watch):
-    student = make_student(make_teacher("qwen3").to(dtype), mixer=mixer)
-    m, x = hd.to_teachers_dtype(student).model.layers[0].self_attn, torch.randn(3, 90, 32).to(dtype)
-    mask, found, steps = torch.ones(3, 90, dtype=torch.bool), [], watch(hd, "gated_delta_step")
-    mask[0, :4] = mask[1, 70:] = False  # on the left, on the right
-    for gradients in (False, True):  # with them no step is taken
-        outputs, states, cache = [], [], DynamicCache()
-        with torch.set_grad_enabled(gradients):
-            for start, end in ((0, 1), (1, 89), (89, 90)):  # the first token and the last alone
-                how = {"padding_mask": mask[:, :end], CACHE: cache}
-                outputs.append(m(x[:, start:end], **how)[0])
-                states.append(hd.recurrent_state(cache, 0).S)
-        assert torch.equal(states[1][1], states[2][1]) and states[2].dtype == torch.float32
-        found.append((torch.cat(outputs, 1)[mask].float(), *states))
-    assert len(steps) == (2 if mixer == "gdn" else 0)
-    for a, b in zip(*found):
-        same(a, b, tolerance)
-    for row, real in ((0, x[:1, 4:]), (1, x[1:2, :70])):
-        m(real, **{CACHE: (alone := DynamicCache())})
-        same(states[2][row], hd.recurrent_state(alone, 0).S[0], tolerance)
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_keeping_every_layer_keeps_the_teacher(family):
     teacher, x = make_teacher(family), tokens(2, 20)
-    before = weights(teacher)
-    student = hd.transfer_attention(teacher, range(4))
+    before, student = weights(teacher), hd.transfer_attention(teacher, range(4))
     assert torch.equal(student(x).logits, teacher(x).logits)
     assert hd.evaluate(student, hd.TeacherPass(teacher), {"text": [x]})["kl"] == 0.0
     student = hd.transfer_attention(teacher)
     hybrid = hd.restore_attention(student, teacher, [2])
     assert hybrid.model.layers[2].self_attn.config is hybrid.config
-    pointers = [{p.data_ptr() for p in m.parameters()} for m in (teacher, student, hybrid)]
-    assert not pointers[0] & pointers[1] | pointers[0] & pointers[2] | pointers[1] & pointers[2]
-    assert equal(before, weights(teacher)) and type(teacher.config) is type(CONFIGS[family])
+    a, b, c = ({p.data_ptr() for p in m.parameters()} for m in (teacher, student, hybrid))
+    assert not (a & b | a & c | b & c) and equal(before, weights(teacher))
+    assert type(teacher.config) is type(CONFIGS[family])
     assert not hasattr(teacher.config, "softmax_layers")
 
 def offload(model):
@@ -560,11 +428,9 @@ def test_an_offloaded_student_works_and_a_teacher_without_its_plain_weights_is_r
     for part in tokens(2, 9).split([7, 1, 1], dim=1):  # the last two by steps
         both = zip((student, offload(copy.deepcopy(student))), caches)
         assert torch.equal(*(m(part, **{CACHE: cache}).logits for m, cache in both))
-
     adapt = lambda x, name: peft.inject_adapter_in_model(peft.LoraConfig(target_modules=[name]), x)
     for sentence, spoil in (
         ("q_proj.*merge adapters", lambda x: adapt(x, "q_proj")),
-        ("up_proj.*merge adapters", lambda x: adapt(x, "up_proj")),
         ("norm.*quantis", lambda x: setattr(x.model.norm, "weight", Quantised(torch.ones(32)))),
         ("offloaded: load it without device_map", lambda x: offload(x.model.layers[3].mlp)),
     ):  # fmt: skip
@@ -586,54 +452,51 @@ def test_a_student_of_a_bf16_teacher_can_be_sharded(tmp_path, request):
         same(a.grad.full_tensor(), b.grad, 1e-6)
 
 # ------------------------------------------------------------------------- hybrid model and cache
-
-@pytest.mark.parametrize(
-    "mixer,kept", [(name, [2]) for name in hd.MIXERS]
-    + [("gdn", kept) for kept in ([], [0, 3], [0, 1, 2, 3])],
-)  # fmt: skip
+@pytest.mark.parametrize("mixer,kept", [
+    ("gdn", [2]), ("gla", [2]), ("gdn", []), ("gdn", [0, 3]), ("gdn", [0, 1, 2, 3]),
+])  # fmt: skip
 @pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
-def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer, kept):
+def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer, kept, watch):
     student, x = make_student(make_teacher(family), kept, mixer), tokens(2, 23)
-    full, out = student(x).logits, student(x[:, :10], use_cache=True)
-    cache, pieces = cache_of(out), [out.logits]
-    for t in [*range(10, 15), 15]:  # token by token, then a second prefill
-        part = x[:, t:] if len(pieces) == 6 else x[:, t : t + 1]
-        pieces.append(student(part, **{CACHE: cache}).logits)
-    same(torch.cat(pieces, 1), full)
-    assert cache.get_seq_length() == 23
-
-    mask = torch.ones(2, 23, dtype=torch.long)
-    mask[0, :7] = 0  # row 0 is shorter, left-padded
+    mask, cache, pieces = torch.ones(2, 23, dtype=torch.long), DynamicCache(), []
+    mask[0, :12] = 0  # row 0 is shorter, left-padded, into the first steps
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     padded = student(x, attention_mask=mask, position_ids=positions).logits
-    same(padded[:1, 7:], student(x[:1, 7:]).logits)
+    same(padded[:1, 12:], student(x[:1, 12:]).logits)
+    steps = watch(hd, "gated_delta_step")
+    for start, end in itertools.pairwise((0, 10, 11, 12, 13, 14, 15, 23)):  # then more at once
+        how = dict(attention_mask=mask[:, :end], position_ids=positions[:, start:end])
+        pieces.append(student(x[:, start:end], use_cache=True, **how, **{CACHE: cache}).logits)
+    same(torch.cat(pieces, 1)[mask > 0], padded[mask > 0])
+    assert cache.get_seq_length() == 23
+    assert len(steps) == 5 * len(hd.mixers(student)) * (mixer == "gdn")
     for real in (1 + torch.arange(23) // 5, 255, -1, 0.5, True):  # any number that is not 0
         masked = student(x, attention_mask=mask * real, position_ids=positions)
         assert torch.equal(masked.logits, padded)
-
     how = dict(max_new_tokens=8, **GREEDY)
-    alone = student.generate(x[:1, 7:], **how)[0, 16:]
-    together = student.generate(x, attention_mask=mask, **how)[0, 23:]
-    uncached = student.generate(x[:1, 7:], use_cache=False, **how)[0, 16:]
+    one, use, write = x[:1, 12:], (True, False), student.generate
+    alone, uncached = (write(one, use_cache=cached, **how)[0] for cached in use)
+    together = write(x, attention_mask=mask, **how)[0, 12:]
     assert alone.tolist() == uncached.tolist() == together.tolist()
     if len(kept) == 1:
         how |= dict(num_beams=3, num_return_sequences=2)
-        beams = [student.generate(x, use_cache=use, **how).tolist() for use in (True, False)]
-        assert beams[0] == beams[1]
+        assert equal(*({0: write(x, use_cache=cached, **how)} for cached in use))
 
 def test_what_cannot_work_says_so():
     student, x, ends = make_student(make_teacher(), [0]), tokens(1, 6), torch.tensor([0, 2, 6])
     write = functools.partial(student.generate, x, max_new_tokens=2, **GREEDY)
-    ours, theirs = (cache_of(m(x, use_cache=True)) for m in (student, make_teacher()))
+    ours, theirs = DynamicCache(), DynamicCache()
+    student(x, use_cache=True, **{CACHE: ours})
+    make_teacher()(x, use_cache=True, **{CACHE: theirs})
     static, paged = hd.transformers.StaticCache(student.config, 9), type("PagedCache", (), {})()
     mixer = student.model.layers[1].self_attn
     for error, sentence, call in (
         (hd.UserError, "'dynamic'", lambda: write(cache_implementation="static")),
         (hd.UserError, "'dynamic'", lambda: student(x, **{CACHE: static})),
         (hd.UserError, "not a PagedCache", lambda: mixer(torch.ones(1, 6, 32), cache=paged)),
-        (hd.UserError, "'paged'", lambda: write(cache_implementation="paged")),
-        (hd.UserError, "assistant_early_exit", lambda: write(assistant_early_exit=2)),
+        (hd.UserError, "no paged cache", lambda: write(cache_implementation="paged")),
+        (hd.UserError, "no assisted decoding", lambda: write(assistant_early_exit=2)),
         (hd.UserError, "another model", lambda: student(x, **{CACHE: theirs})),
         (hd.UserError, r"\[batch, tokens\]", lambda: student(x, attention_mask=x[None, None])),
         (hd.UserError, "without one", lambda: student(x, attention_mask=x, cu_seq_lens_q=ends)),
@@ -650,24 +513,23 @@ def test_packed_sequences_are_each_alone(family, mixer):
     student, x = make_student(make_teacher(family), [2], mixer), tokens(2, 23)
     positions = torch.cat([torch.arange(9), torch.arange(14)]).expand(2, -1)
     apart = torch.cat([student(x[:, :9]).logits, student(x[:, 9:]).logits], 1)
-    run, ends = functools.partial(student, use_cache=False), torch.tensor([0, 9, 23])
-    same(run(x, position_ids=positions).logits, apart)
-    same(run(x, position_ids=positions[:1]).logits, apart)  # one row for all
-    flash, plain = {"cu_seq_lens_k": ends.int(), "max_length_q": 14}, torch.arange(23)[None]
-    for more in ({}, flash, {"position_ids": positions[:1]}, {"position_ids": plain}):
-        same(run(x[:1], cu_seq_lens_q=ends.int(), **more).logits, apart[:1])
-    embeds = student.model.embed_tokens(x[:1])
-    same(student(inputs_embeds=embeds, cu_seq_lens_q=ends).logits, apart[:1])  # by default, too
-    assert torch.equal(student(x, position_ids=plain).logits, student(x).logits)
-
+    ends, plain = torch.tensor([0, 9, 23], dtype=torch.int32), torch.arange(23)[None]
     same(student(x, position_ids=positions).logits, apart)  # without a cache, if none is asked for
+    same(student(x, use_cache=False, position_ids=positions[:1]).logits, apart)  # one row for all
+    flash = {"cu_seq_lens_k": ends, "max_length_q": 14}
+    for more in ({}, flash, {"position_ids": positions[:1]}, {"position_ids": plain}):
+        same(student(x[:1], cu_seq_lens_q=ends, use_cache=False, **more).logits, apart[:1])
+    embeds = student.model.embed_tokens(x[:1])
+    same(student(inputs_embeds=embeds, cu_seq_lens_q=ends.long()).logits, apart[:1])
+    assert torch.equal(student(x, position_ids=plain).logits, student(x).logits)
     with pytest.raises(hd.UserError, match="use_cache=False"):
         student(x, position_ids=positions, use_cache=True)
 
-@pytest.mark.parametrize("chunk,dtype", [
-    (1, torch.float32), (7, torch.float32), (1000, torch.float32), (7, torch.float64),
+@pytest.mark.parametrize("chunk,dtype,tolerance", [
+    (1, torch.float32, 2e-6), (7, torch.float32, 2e-6), (1000, torch.float32, 2e-6),
+    (7, torch.float64, 1e-14),
 ])  # fmt: skip
-def test_chunked_losses_match_the_plain_formulas(chunk, dtype):
+def test_chunked_losses_match_the_plain_formulas(chunk, dtype, tolerance):
     torch.manual_seed(0)
     how = dict(dtype=dtype, requires_grad=True)
     h_s, w_s, h_t, w_t = (torch.randn(*n, D, **how) for D in (16, 24) for n in ((3, 11), (50,)))
@@ -688,19 +550,19 @@ def test_chunked_losses_match_the_plain_formulas(chunk, dtype):
             (hd.cross_entropy_loss(h_s, w_s, some, m, chunk), ce[counted & known].mean()),
         ):
             for a, b in zip(with_gradients(ours), with_gradients(plain)):
-                same(a, b, 2e-6 if dtype == torch.float32 else 1e-14)
+                same(a, b, tolerance)
     for empty in (hd.kl_loss(h_s, w_s, h_t, w_t, torch.zeros(3, 11), chunk),
                   hd.cross_entropy_loss(h_s, w_s, some.clamp(max=-100), None, chunk)):  # fmt: skip
         assert all(x.abs().max() == 0 for x in with_gradients(empty))
     (first,) = torch.autograd.grad(hd.kl_loss(h_s, w_s, h_t, w_t) ** 2, h_s, create_graph=True)
-    for error, sentence, call in (
-        (RuntimeError, "once_differentiable", lambda: first.sum().backward()),
-        (ValueError, "tokens and a vocabulary", lambda: hd.kl_loss(h_s, w_s, h_t, w_t[:40])),
-        (ValueError, "mask must be", lambda: hd.kl_loss(h_s, w_s, h_t, w_t, torch.ones(3, 12))),
-        (ValueError, "labels must be", lambda: hd.cross_entropy_loss(h_s, w_s, labels[:, 1:])),
-        (ValueError, "bias", lambda: hd.kl_loss(h_s, torch.nn.Linear(8, 50), h_t, w_t)),
+    for sentence, call in (
+        ("once_differentiable", lambda: first.sum().backward()),
+        ("tokens and a vocabulary", lambda: hd.kl_loss(h_s, w_s, h_t, w_t[:40])),
+        ("mask must be", lambda: hd.kl_loss(h_s, w_s, h_t, w_t, torch.ones(3, 12))),
+        ("labels must be", lambda: hd.cross_entropy_loss(h_s, w_s, labels[:, 1:])),
+        ("bias", lambda: hd.kl_loss(h_s, torch.nn.Linear(8, 50), h_t, w_t)),
     ):
-        with pytest.raises(error, match=sentence):
+        with pytest.raises((RuntimeError, ValueError), match=sentence):
             call()
 
 @pytest.mark.parametrize("loss", [hd.kl_loss, hd.cross_entropy_loss])
@@ -712,7 +574,6 @@ def test_a_loss_under_a_bf16_default_dtype_and_in_fp16_with_a_loss_scale(loss):
         value = loss(x.requires_grad_(), W, *((t, W) if loss is hd.kl_loss else [labels]))
         (value * scale).backward()
         return value.detach(), x.grad.float() / scale
-
     labels = tokens(16384) % 256
     with bf16_default():
         default = run()
@@ -721,47 +582,25 @@ def test_a_loss_under_a_bf16_default_dtype_and_in_fp16_with_a_loss_scale(loss):
 
 def test_where_the_compiler_fails_the_losses_run_without_it_and_say_so_once(monkeypatch, recwarn):
     inputs, asked = (torch.randn(5, 7), torch.randn(5, 7), torch.rand(5)), []
-
-    def fail(*tensors):
-        asked.append(tensors)
-        raise error
-
+    errors = [torch.OutOfMemoryError("of the GPU"), RuntimeError("no C compiler")]
+    fail = lambda *tensors: asked.append(tensors) or (_ for _ in ()).throw(errors[len(asked) - 1])
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: fail)
-    plain, error = hd.kl_rows.__wrapped__, torch.OutOfMemoryError("of the GPU")
-    rows, OnGpu = hd.compiled(plain), type("OnGpu", (torch.Tensor,), {"is_cuda": True})
-    on_gpu = [x.as_subclass(OnGpu) for x in inputs]
+    plain, OnGpu = hd.kl_rows.__wrapped__, type("OnGpu", (torch.Tensor,), {"is_cuda": True})
+    rows, on_gpu = hd.compiled(plain), [x.as_subclass(OnGpu) for x in inputs]
     rows(*inputs)
     assert not asked  # on a CPU
     with pytest.raises(torch.OutOfMemoryError):
         rows(*on_gpu)
-    error = RuntimeError("no C compiler")
     for a, b in zip([*rows(*on_gpu), *rows(*on_gpu)], 2 * plain(*inputs)):
         assert torch.equal(a, b)
     said = [str(w.message) for w in recwarn if "kl_rows runs uncompiled" in str(w.message)]
     assert len(asked) == 2 and len(said) == 1 and "no C compiler" in said[0]
 
-@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
-def test_the_losses_copy_out(loss):
-    (h, W), y = (torch.randn(9, 4), torch.randn(7, 4)), tokens(9) % 7
-    (named,) = re.findall(r"To copy it out take kl_rows, (.*) along", hd.kl_loss.__doc__)
-    names = f"{loss}_loss", f"{loss}_rows", *re.split(", | and ", named)
-    parts = [getattr(hd, name) for name in names]
-    alone = {name: getattr(hd, name) for name in ("torch", "F", "functools", "warnings")}
-    for part in sorted(parts, key=lambda part: inspect.getsourcelines(part)[1]):
-        exec(inspect.getsource(part), alone)
-    inputs = (h, W, h.flip(0), W) if loss == "kl" else (h, W, y)
-    assert torch.equal(alone[names[0]](*inputs), getattr(hd, names[0])(*inputs))
-
 # ----------------------------------------------------------------------------- stages, their recipe
-
 STAGES = ("align", "distill", "finetune")
 
 def batches(step):
     return tokens(4, 16, seed=step)
-
-def until(stop):
-    """Batches of a run that is stopped before this step."""
-    return [batches(step) for step in range(stop)].__getitem__  # then an IndexError
 
 def stage(name, teacher, steps=3, batches=batches, **how):
     """Run one stage on a fresh student -> (student, history)."""
@@ -792,27 +631,22 @@ def test_stage_1_trains_the_mixers_alone_on_the_teachers_inputs():
     for name, p in student.named_parameters():
         mixer = ".self_attn." in name and ".layers.2." not in name
         assert torch.equal(p, before[name]) != mixer, name
-
-def test_stage_1_warms_up_then_falls_as_a_cosine(monkeypatch):
-    rates = [row["lr"] for row in stage("align", make_teacher(), 20, lr=1e-3, final_lr=1e-5)[1]]
+    with torch.enable_grad():  # warms up for a tenth, then falls as a cosine
+        history = stage("align", teacher, 20, lr=1e-3, final_lr=1e-5)[1]
     cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / 18)) / 2 for t in range(18)]
-    assert rates == pytest.approx([5e-4, 1e-3, *cosine])
-    monkeypatch.setattr(hd, "train", lambda *args, schedule: [schedule(t, 900) for t in range(90)])
-    _, long = stage("align", make_teacher(), 900)
-    assert long[:51] == pytest.approx([*(t / 50 for t in range(1, 51)), 1.0]) and long[89] < 1
+    assert [row["lr"] for row in history] == pytest.approx([5e-4, 1e-3, *cosine])
 
 def test_stages_2_and_3_begin_at_the_plain_formulas_and_descend():
     teacher, x = make_teacher(), batches(0)
     student = hd.restore_attention(make_student(teacher), teacher, [1])
-    assert list(hd.mixers(student)) == [0, 2, 3]
     logits = student(x).logits.detach()
     log_p_s, log_p_t = logits.log_softmax(-1), teacher(x).logits.detach().log_softmax(-1)
     kl = float((log_p_t.exp() * (log_p_t - log_p_s)).sum(-1).mean())
     ce = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
     history = hd.distill_logits(student, hd.TeacherPass(teacher), [x] * 30, 30, 3e-3, 1e-3)
     assert history[0]["kl"] == pytest.approx(kl, rel=1e-5) and history[-1]["kl"] < 0.5 * kl
-    _, history = stage("finetune", teacher, 2, lr=1e-3)
-    assert history[0]["ce"] == pytest.approx(ce, rel=1e-5)
+    history = stage("finetune", teacher, 30, [x] * 30, lr=1e-3)[1]
+    assert history[0]["ce"] == pytest.approx(ce, rel=1e-5) and history[-1]["ce"] < 0.9 * ce
 
 def test_every_stage_has_the_optimizer_of_the_paper(watch):
     models = watch(hd, "train", lambda model, *args, **how: dict(model.named_parameters()))
@@ -832,12 +666,11 @@ def test_every_stage_has_the_optimizer_of_the_paper(watch):
         norm = float(torch.stack(sum((group["norms"] for group in groups), [])).norm())
         assert norm == pytest.approx(min(1, norms[n] if n < 9 else norm), rel=1e-4)
         rest_lr = (1e-3, 7e-6, 1e-3, 7e-6)[n // 3]  # constant, of each of three steps
-        for group in groups:
+        for group, p in [(group, p) for group in groups for p in group["params"]]:
+            attention = n < 3 or ".self_attn." in names[id(p)]
+            assert group["lr"] == pytest.approx(1e-3 if attention else rest_lr), names[id(p)]
             assert group["betas"] == (0.9, 0.95)
-            for p in group["params"]:
-                attention = n < 3 or ".self_attn." in names[id(p)]
-                assert group["lr"] == pytest.approx(1e-3 if attention else rest_lr), names[id(p)]
-                assert group["weight_decay"] == (0.01 if p.ndim == 2 else 0.0), names[id(p)]
+            assert group["weight_decay"] == (0.01 if p.ndim == 2 else 0.0), names[id(p)]
 
 def test_what_the_user_froze_stays_frozen_and_what_a_stage_freezes_does_not():
     teacher = make_teacher()
@@ -853,12 +686,11 @@ def test_what_the_user_froze_stays_frozen_and_what_a_stage_freezes_does_not():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_bf16_teachers_student_trains_in_fp32_and_comes_back(name, watch):
-    teacher = make_teacher("qwen3").bfloat16()
+    teacher, dtypes = make_teacher("qwen3").bfloat16(), lambda tensors: {x.dtype for x in tensors}
     teacher.config.dtype = torch.bfloat16  # as `from_pretrained` leaves it
-    dtypes = lambda tensors: {x.dtype for x in tensors}
     during = watch(hd.GatedDeltaNet, "forward", lambda self, *_, **how: dtypes(self.parameters()))
     # q_norm and k_norm give fp32, which would slow the kernel
-    inside = watch(kernels, "checked", lambda backend, *x: dtypes(x[:3]))
+    inside = watch(kernels, "check_inputs", lambda *x: dtypes(x[:3]))
     student, _ = stage(name, teacher, 2)
     assert set.union(*during) == {torch.float32} and set.union(*inside) == {torch.bfloat16}
     assert dtypes(student.parameters()) == {torch.float32} and not student.training
@@ -867,18 +699,6 @@ def test_a_bf16_teachers_student_trains_in_fp32_and_comes_back(name, watch):
     for pname, p in student.named_parameters():
         wanted = torch.float32 if pname.endswith(("A_log", "dt_bias")) else torch.bfloat16
         assert p.dtype == wanted and p.grad is None, pname
-    assert student.generate(tokens(1, 9), max_new_tokens=3, **GREEDY).shape == (1, 12)
-
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient(watch):
-    calls, found = watch(hd.GatedDeltaNet, "forward"), []
-    for prepare in (lambda student: None, hd.recompute_activations):
-        student, x = make_student(make_teacher()).train(), tokens(2, 20)
-        prepare(student)
-        student(x, labels=x, use_cache=False).loss.backward()
-        found.append(Weights((n, p.grad) for n, p in student.named_parameters()))
-    assert len(calls) == 4 + 8 and equal(*found)
-    renamed = types.SimpleNamespace(activation_checkpointing_enable=lambda: "on")
-    hd.recompute_activations(renamed)  # when the old name is gone
 
 @pytest.mark.parametrize("name", STAGES)
 def test_micro_batches_and_a_full_memory_change_nothing(name, tmp_path, monkeypatch, capsys):
@@ -891,49 +711,21 @@ def test_micro_batches_and_a_full_memory_change_nothing(name, tmp_path, monkeypa
             raise torch.OutOfMemoryError("no")
         return forward(model, rows)
 
-    (whole, _), (uneven, _), (pairs, _) = trained(), trained(micro_batch=3), trained(micro_batch=2)
+    (whole, _), (pairs, _) = trained(), trained(micro_batch=2)
     for n, p in whole.items():
-        same(uneven[n], p, 1e-3)
-    capsys.readouterr()
+        same(pairs[n], p, 1e-3)
     monkeypatch.setattr(hd, "SECONDS_BETWEEN_SAVES", -1)
     monkeypatch.setattr(hd, "last_hidden", full)
     for how in ({}, {"micro_batch": 3}):  # fails at once; fails holding gradients
         saved = dict(folder=tmp_path / f"{len(how)}", **how)
-        with pytest.raises(IndexError):
-            trained(batches=until(1), **saved)
+        with pytest.raises(IndexError):  # stopped after a step
+            trained(batches=[batches(0)], **saved)
         halved, micro_batch = trained(**saved)  # goes on with pairs, without another try
         assert equal(halved, pairs) and micro_batch == 2
         assert capsys.readouterr().err.count("out of GPU memory: 2 sequences at a time") == 1
 
-def train_toy(folder=None, stop=12, seed=0):
-    """A model with dropout, in part frozen, 12 steps -> as it began, its history, as it ended."""
-    torch.manual_seed(seed)
-    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
-    torch.nn.init.ones_(net[0].bias)  # frozen, so not saved
-    begun, groups = weights(net), [{"params": [net[0].weight], "lr": 0.1}]
-    groups += [{"params": [net[2].weight, net[2].bias], "lr": 0.01, "weight_decay": 0.0}]
-    losses = lambda x: iter([("square", net(x.float()).square().mean(), 1.0)])
-    how = dict(schedule=functools.partial(hd.cosine, warmup=3, floor=0.1), folder=folder)
-    rows = [step[:, :6] % 5 for step in map(batches, range(stop))]
-    return begun, hd.train(net, groups, losses, rows, 12, **how), weights(net)
-
-def test_killed_at_any_save_it_ends_with_the_same_weights(tmp_path, monkeypatch):
-    first, history, wanted = train_toy()
-    for stop, seconds in ((3, -1), (7, 999), (4, -1), (9, -1)):  # from 3 to 7 nothing is saved
-        monkeypatch.setattr(hd, "SECONDS_BETWEEN_SAVES", seconds)
-        with pytest.raises(IndexError):
-            train_toy(tmp_path, stop, seed=int(stop > 3))
-        (tmp_path / "step-11").mkdir(exist_ok=True)  # killed while it saved: there is no .metadata
-        (tmp_path / "metrics.jsonl").open("a").write('{"step": 11, "micro_batch": 1}\n')
-    for _ in range(2):  # the second time it is finished: loaded
-        _, resumed, ended = train_toy(tmp_path, seed=1)  # what it begins with is not used
-        assert equal(wanted, ended) and not equal(first, ended)
-        for row, other in zip(history, resumed, strict=True):
-            assert {**row, "seconds": other["seconds"]} == other
-        assert [f.name for f in tmp_path.glob("step-*")] == ["step-12"]
-
 @pytest.mark.parametrize("what,loss", [("bad", torch.log), ("gradient_norm", torch.sqrt)])
-def test_a_loss_that_is_not_finite_stops_before_its_step(what, loss, tmp_path):
+def test_a_loss_that_is_not_finite_stops_before_its_step(what, loss):
     model, seen = torch.nn.Linear(2, 1), []
 
     def losses(batch):
@@ -942,25 +734,19 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(what, loss, tmp_path):
         yield "bad", loss(0 * x) if len(seen) == 3 else x, 1.0
 
     groups = [{"params": [*model.parameters()], "lr": 0.1}]
-    wanted = f"^toy: {what} became -?(nan|inf) at step 3 of 4[^\n]*rate$"
-    with pytest.raises(FloatingPointError, match=wanted):
-        hd.train(model, groups, losses, batches, 4, folder=tmp_path / "toy")
+    with pytest.raises(FloatingPointError, match=f": {what} became -?(nan|inf) at step 3 of 4: l"):
+        hd.train(model, groups, losses, batches, 4)
     assert len(seen) == 3 and equal(weights(model), seen[2]) and not equal(seen[1], seen[2])
-    assert model.weight.grad is None and not model.training
 
 def test_the_teacher_runs_once_for_the_same_tokens_while_there_is_room(watch):
-    teacher = make_teacher()
-    runs, teach = watch(hd, "last_hidden"), hd.TeacherPass(teacher, room=2 * 4 * 16 * 32 * 4)
-    found = [teach(batches(step)) for step in (0, 1, 0, 1, 2, 2)]
-    assert len(runs) == 4 and torch.equal(found[0], found[2]) and teach.room == 0
-    for step, hidden in zip((0, 1, 0, 1, 2, 2), found):
+    teacher, runs, order = make_teacher(), watch(hd, "last_hidden"), (0, 1, 0, 1, 2, 2)
+    teach = hd.TeacherPass(teacher, room=2 * 4 * 16 * 32 * 4)
+    for step, hidden in [(step, teach(batches(step))) for step in order]:
         same(teacher.lm_head(hidden), teacher(batches(step)).logits)
-    assert hd.TeacherPass(teacher).room > 0
+    assert len(runs) == 4 and teach.room == 0 and hd.TeacherPass(teacher).room > 0
 
 # -------------------------------------------------------------------------------------- selection
-
 HELD_OUT = {"text": [tokens(8, 16, seed=99)]}
-OTHERS = {i: [j for j in range(4) if j != i] for i in range(4)}
 
 def planted(layers):
     """A teacher with W_o = 0 but in `layers`: only there linear attention is not exact."""
@@ -999,27 +785,9 @@ def test_every_selector_finds_the_planted_layer(name):
     if name == "gates":  # the pull closes all, less the one that matters
         a = hd.gates(x)
         assert 0.1 > a.pop(2) > 0.01 > 0.005 > max(a.values())
-    if name == "ar":
-        assert hd.ar(x) == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0}
-
-def test_a_candidate_is_scored_by_a_little_stage_2():
-    teacher = planted([1])
-    x = selection(teacher)
-    hybrid = hd.restore_attention(make_student(teacher), teacher, [2])
-    untrained = hd.evaluate(hybrid, x.teach, HELD_OUT)
-    hd.distill_logits(hybrid, x.teach, batches, 4, 1e-4, 7e-6)
-    trained = hd.evaluate(hybrid, x.teach, HELD_OUT)
-    found = x.kl({"one": [1], "two": [2]}), x.kl({"two": [2]}, steps=0)
-    assert found[0]["two"] == trained["kl"] < found[1]["two"] == untrained["kl"]
-    assert x.scores["[2] after 4"] == trained and found[0]["one"] < trained["kl"]
-    layers, x = select_by(planted([1, 3]), "greedy", 2)  # each round beside what is kept already
-    others = [sorted([layers[0], i]) for i in range(4) if i != layers[0]]
-    assert set(layers) == {1, 3} and len(x.scores) == 4 + 3
-    assert all(f"{pair} after 4" in x.scores for pair in others)
 
 def test_what_was_scored_is_not_trained_again(tmp_path, monkeypatch, watch):
-    teacher, file, scores = planted([2]), tmp_path / "select", {}
-    trained = watch(hd, "train")
+    teacher, file, scores, trained = planted([2]), tmp_path / "select", {}, watch(hd, "train")
     for name, k, new in (
         ("ga-s2", 1, 4), ("zero-shot", 1, 0), ("ga-s2", 3, 0), ("gr-s2", 1, 4), ("avg-s2", 2, 0),
         ("greedy", 3, 3), ("smart", 2, 0), ("gates", 1, 1), ("gates+ga-s2", 1, 0),
@@ -1033,14 +801,17 @@ def test_what_was_scored_is_not_trained_again(tmp_path, monkeypatch, watch):
     ranks = [[scores[name].index(i) for i in range(4)] for name in ("ga-s2", "gr-s2")]
     mean = {i: -(a + b) / 2 for i, (a, b) in enumerate(zip(*ranks))}
     assert hd.avg_s2(remembered) == mean and scores["avg-s2"] == hd.best_first(mean)
-    assert hd.gr_s2(remembered) == remembered.kl(OTHERS) != hd.ga_s2(remembered)
+    without = {i: [j for j in range(4) if j != i] for i in range(4)}
+    assert hd.gr_s2(remembered) == remembered.kl(without) != hd.ga_s2(remembered)
+    before, after = hd.zero_shot(remembered), hd.ga_s2(remembered)
+    assert all(after[i] > before[i] for i in (0, 1, 3))  # by a little stage 2; 2 was exact
     file, left = tmp_path / "stopped", iter("ab")  # between two candidates; it goes on at the next
     monkeypatch.setattr(hd, "evaluate", lambda *args, real=hd.evaluate: next(left) and real(*args))
     with pytest.raises(StopIteration):
         hd.ga_s2(selection(teacher, file=file))
     trained.clear()
     left = iter("abcd")
-    assert hd.ga_s2(selection(teacher, file=file)) == hd.ga_s2(remembered) and len(trained) == 2
+    assert hd.ga_s2(selection(teacher, file=file)) == after and len(trained) == 2
 
 @pytest.mark.parametrize("k,first,wanted", [
     (2, 1, [1, 2]), (1, 1, [1, 2, 4, 8]), (1, 3, [3, 6, 12, 20]), (1, None, [20]), (1, 40, [20]),
@@ -1048,103 +819,68 @@ def test_what_was_scored_is_not_trained_again(tmp_path, monkeypatch, watch):
 def test_candidates_double_until_the_best_agree_twice(k, first, wanted, monkeypatch):
     best = {1: [0, 1], 2: [1, 0], 4: [2, 1], 8: [2, 3], 3: [0, 1], 6: [1, 2], 12: [2, 3], 20: [3]}
     seen, x = [], selection(planted([2]), k, budget=hd.Budget(64 * 20, 16, 4, 1e-3))
-    scripted = lambda x: x.count(1) or seen.append(x.steps) or best[x.steps]
+    scripted = lambda x: x.spent.update(a=1) or seen.append(x.steps) or best[x.steps]
     monkeypatch.setitem(hd.SELECTORS, "scripted", scripted)
     assert hd.select_layers(x, "scripted", first) == best[wanted[-1]] and seen == wanted
-    if first == 1:  # planted: agreed at once; untrained: nothing to double
-        costs = [select_by(planted([2]), name, 1, 1)[1].tokens for name in ("ga-s2", "zero-shot")]
-        assert costs == [64 * 4 * (1 + 2), 0]
-
-def test_smart_spreads_the_most_sensitive_layers(monkeypatch):
-    best = [0.0, 9, 1, 1, 5, 1, 1, 9, 0]
-    monkeypatch.setattr(hd, "zero_shot", lambda x: dict(enumerate(best)))
-    total = lambda layers: sum(best[i] for i in layers)
-    for k in (2, 3, 4, 5):
-        found = hd.smart(types.SimpleNamespace(k=k, layers=range(9)))
-        path = tuple(sorted(found[:k]))
-        low, high = max(1, 8 // (k - 1) - 1), -(-8 // (k - 1)) + 1
-        every = [(0, *between, 8) for between in itertools.combinations(range(1, 8), k - 2)]
-        every = [p for p in every if all(low <= b - a <= high for a, b in zip(p, p[1:]))]
-        assert path in every and total(path) == max(map(total, every))
-        assert sorted(found) == list(range(9))
-
-def test_scores_look_at_the_validation_part_alone(watch):
-    """What evaluates is given `validation`; what trains is given `batches`."""
-    teacher, marked = planted([2]), {"text": [torch.full((2, 16), 7)]}
-    seen = watch(hd, "last_hidden", lambda model, x: bool((x == 7).all()))
-    for name in ("mse", "ppl", "zero-shot", "smart"):
-        seen.clear()
-        x = selection(teacher, batches=lambda step: 1 / 0, validation=marked)
-        hd.select_layers(x, name)
-        assert seen and all(seen), name
-    parts = watch(hd, "evaluate", lambda model, teach, part: part)
-    trained = watch(hd, "back_propagate", lambda losses, rows, *args: bool((rows == 7).all()))
-    select_by(teacher, "avg-s2", validation=marked)
-    assert parts and all(part is marked for part in parts) and trained and not any(trained)
+    if wanted == [1, 2]:  # planted: agreed at once; gates are trained once, the others not at all
+        steps = {"ga-s2": 4 * (1 + 2), "zero-shot": 0, "gates+ga-s2": 100 + 2 * (1 + 2)}
+        assert all(select_by(planted([2]), s, 1, 1)[1].tokens == 64 * steps[s] for s in steps)
 
 def test_evaluation_is_without_dropout_and_a_mean_over_tokens():
+    parts = {"text": [tokens(1, 9), tokens(3, 30)], "recall": [tokens(2, 20)]}
     teacher = make_teacher()
-    hybrid, teach = make_student(teacher, [1]).train(), hd.TeacherPass(teacher)
+    hybrid, sums = make_student(teacher, [1]).train(), dict.fromkeys((*parts, "ce"), 0.0)
     hybrid.model.layers[1].self_attn.attention_dropout = 0.5
-    held_out = {"text": [tokens(1, 9), tokens(3, 30)], "recall": [tokens(2, 20, seed=5)]}
-    first, again = (hd.evaluate(hybrid, teach, held_out) for _ in range(2))
-    assert first == again and hybrid.training
+    found = hd.evaluate(hybrid, hd.TeacherPass(teacher), parts)
+    assert hybrid.training
     hybrid.eval()
-    sums, ce = dict.fromkeys(held_out, 0.0), 0.0
-    for kind, x in [(kind, x) for kind, parts in held_out.items() for x in parts]:
+    for kind, x in [(kind, x) for kind in parts for x in parts[kind]]:
         log_p_s, log_p_t = (m(x).logits.detach().log_softmax(-1) for m in (hybrid, teacher))
         sums[kind] += float((log_p_t.exp() * (log_p_t - log_p_s)).sum())
-        # of each sequence the mean over its T - 1 next tokens, weighted by its T tokens
-        if kind == "text":
-            ce -= float(log_p_s[:, :-1].gather(-1, x[:, 1:, None]).mean()) * x.numel()
-    wanted = {"kl": sum(sums.values()) / 139, "perplexity": math.exp(ce / 99)}
-    wanted |= {"kl_text": sums["text"] / 99, "kl_recall": sums["recall"] / 40}
-    assert first == pytest.approx(wanted, rel=1e-4)
+        if kind == "text":  # of each sequence the mean over T - 1 next tokens, by its T tokens
+            sums["ce"] -= float(log_p_s[:, :-1].gather(-1, x[:, 1:, None]).mean()) * x.numel()
+    wanted = {"kl_text": sums["text"] / 99, "kl_recall": sums["recall"] / 40}
+    wanted |= {"kl": (sums["text"] + sums["recall"]) / 139, "perplexity": math.exp(sums["ce"] / 99)}
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 def test_rules_and_published_selections():
-    place = lambda rule, L, k, seed=0: hd.RULES[rule](L, k, seed)
+    place, published = lambda rule, L, k, seed=0: hd.RULES[rule](L, k, seed), hd.published_layers
     assert place("uniform", 28, 7) == [3, 7, 11, 15, 19, 23, 27]
-    assert place("uniform", 28, 4) == [6, 13, 20, 27] and place("centred", 6, 1) == [3]
-    assert place("centred", 28, 4) == [3, 10, 17, 24]
+    assert place("centred", 28, 4) == [3, 10, 17, 24] and place("centred", 6, 1) == [3]
     assert place("first", 6, 2) == [0, 1] and place("last", 6, 2) == [4, 5]
-    draws = [place(f"random{n}", 28, 7, seed) for seed in (0, 1) for n in ("", "-1", "-2")]
-    assert len(set(map(tuple, draws))) == 6 and draws[0] == place("random", 28, 7, 0)
-    published, llama = hd.published_layers, "meta/Llama-3.2-3B-Instruct/"
-    assert published("published", 7, llama) == [14, 8, 5, 12, 15, 13, 2]
-    assert published("published:ar", 3, llama) == [0, 16, 11]
+    draws = [place("random", 28, 7, seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2] and len({*draws[0]} & {*range(28)}) == 7
+    assert published("published", 7, "meta/Llama-3.2-3B-Instruct/") == [14, 8, 5, 12, 15, 13, 2]
+    # the rankings as they were copied from the paper's code
     known = json.loads((HERE / "assets" / "published.json").read_text())
     known = {(name, score): known[name][score] for name in known for score in known[name]}
-    for (teacher, score), layers in known.items():
-        assert published(f"published:{score}", len(layers), f"somewhere/{teacher}") == layers
-    # the rankings as they were copied from the paper's code
     digest = hashlib.sha1(repr(sorted(known.items())).encode()).hexdigest()
     assert digest == "5a21d84603147b488f705c385b49ca9cff5d80d1"
     for rule, k in (("published", 8), ("published:ar", 10)):
         with pytest.raises(hd.UserError, match=f"no selection of {k} layers is published .* by"):
             published(rule, k, "Qwen2.5-1.5B-Instruct")
 
-def transfer(*args, **how):
-    return hd.transfer_attention(make_teacher(), *args, **how)
+def test_a_wrong_call_gets_one_sentence():
+    transfer, gpt2 = hd.transfer_attention, GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12))
+    teacher, one_row = make_teacher(), hd.Budget(64, 16, 1, 1.0)
+    for sentence, call in (
+        ("within 0..3", lambda: transfer(teacher, [4])),
+        ("within 0..3", lambda: transfer(teacher, [-1])),
+        ("within 0..3", lambda: transfer(teacher, [1, 1])),
+        ("mixer must be one of gdn", lambda: transfer(teacher, [0], mixer="mamba")),
+        ("LlamaForCausalLM.*not GPT2LMHeadModel", lambda: transfer(gpt2, [0])),
+        ("no linear", lambda: hd.align_hidden_states(transfer(teacher, range(4)), teacher, [], 1)),
+        ("within 1..4, .* not 0 of", lambda: selection(teacher, 0)),
+        ("within 1..4, .* not 5 of", lambda: selection(teacher, 5)),
+        ("of one with 3 linear", lambda: selection(teacher, 1, kept=[1])),
+        ("all-linear", lambda: hd.restore_attention(transfer(teacher, [1]), teacher, [2])),
+        ("a teacher that recalls", lambda: select_by(teacher, "ar", recall=lambda _: 0.0)),
+        ("batch of 2 or more", lambda: hd.EmbeddedCorpus(0).batches("align", one_row)(0)),
+        ("float16", lambda: hd.TeacherPass(teacher.half())),
+    ):
+        with pytest.raises(hd.UserError, match=sentence):
+            call()
 
-@pytest.mark.parametrize("sentence,call", [
-    *[("within 0..3", lambda wrong=wrong: transfer(wrong)) for wrong in ([4], [-1], [1, 1])],
-    ("mixer must be one of gdn", lambda: transfer([0], mixer="mamba")),
-    ("LlamaForCausalLM.*not GPT2LMHeadModel",
-     lambda: hd.transfer_attention(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12)), [0])),
-    ("no linear layer", lambda: hd.align_hidden_states(transfer(range(4)), make_teacher(), [], 1)),
-    ("float16", lambda: hd.TeacherPass(make_teacher().half())),
-    *[(f"1 to 4 layers .* not {k}", lambda k=k: selection(make_teacher(), k)) for k in (0, 5)],
-    ("of an all-linear student", lambda: selection(make_teacher(), 1, kept=[1])),
-    ("all-linear", lambda: hd.restore_attention(transfer([1]), make_teacher(), [2])),
-    ("a teacher that recalls", lambda: select_by(make_teacher(), "ar", recall=lambda _: 0.0)),
-    ("batch of 2 or more",
-     lambda: hd.EmbeddedCorpus(0).batches("align", hd.Budget(64, 16, 1, 1.0))(0)),
-])  # fmt: skip
-def test_a_wrong_call_gets_one_sentence(sentence, call):
-    with pytest.raises(hd.UserError, match=sentence):
-        call()
-
-TEXTS = [" ".join(str(1000 * i + j) for j in range(4 + i % 7)) for i in range(60)]
 TINY = """--align-tokens 64 --align-length 16 --align-batch 2 --softmax-layers 1
     --select-tokens 64 --select-length 16 --select-batch 2 --baselines all-linear,first
     --distill-tokens 64 --distill-length 16 --distill-batch 2 --held-out 20
@@ -1181,18 +917,15 @@ def datasets(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_every_kind_of_data_gives_the_same_documents(kind, tmp_path, datasets):
-    data = tmp_path / "data"
-    data.mkdir()
-    if kind == "txt":
-        for n, text in enumerate(TEXTS):
-            (data / f"{n}.txt").write_text(text)
-    else:
-        rows = datasets.Dataset.from_dict({"text": TEXTS})
-        {"jsonl": rows.to_json, "parquet": rows.to_parquet}[kind](data / f"a.{kind}")
-    s = settings(tmp_path, "--data", data, "--held-out", 80)  # all is needed
+    texts = [" ".join(str(1000 * i + j) for j in range(4 + i % 7)) for i in range(60)]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    for n in range(60) if kind == "txt" else ():
+        (tmp_path / f"{n}.txt").write_text(texts[n])
+    {"txt": id, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind](tmp_path / f"a.{kind}")
+    s = settings(tmp_path, "--data", tmp_path, "--held-out", 80)  # all is needed
     ids = np.array(hd.load_tokens(s, hd.byte_tokenizer()))
     documents = bytes(np.maximum(ids.astype(int) - 3, 0).tolist()).split(b"\0")[:-1]
-    assert sorted(documents) == sorted(text.encode() for text in TEXTS) and ids[-1] == 1
+    assert sorted(documents) == sorted(text.encode() for text in texts) and ids[-1] == 1
     assert documents != sorted(documents)
 
 def test_tokens_are_of_the_tokenizer_at_hand_and_within_the_vocabulary(tmp_path, datasets, watch):
@@ -1203,150 +936,108 @@ def test_tokens_are_of_the_tokenizer_at_hand_and_within_the_vocabulary(tmp_path,
     of, begin = type(plain.backend_tokenizer.model), tokenizers.processors.TemplateProcessing
     merged.backend_tokenizer.model = of({**plain.get_vocab(), "12": 380}, [("1", "2")])
     marked.backend_tokenizer.post_processor = begin("<unk> $A", None, [("<unk>", 2)])
-    for tokenizer in (plain, merged, marked):  # the same --out, after the teacher's was mended
+    for tokenizer in (plain, merged, marked, plain):  # the same --out, after the teacher's changed
         ids = hd.load_tokens(s, tokenizer)
         assert ids.tolist() == [*tokenizer(90 * "1 2 12 ")["input_ids"], 1]
         assert (380 in ids, ids[0] == 2) == (tokenizer is merged, tokenizer is marked)
-    hd.load_tokens(s, hd.byte_tokenizer())
     assert len(made) == 3 == len([*tmp_path.glob("run/tokens-*.npy")])
     s.vocab, s.seed = 380, 1
-    with pytest.raises(hd.UserError, match="tokenizer gives a token 380.* embeddings of 380"):
+    with pytest.raises(hd.UserError, match="tokenizer gives a token 380.* 380 embeddings"):
         hd.load_tokens(s, merged)
 
-def test_parts_are_disjoint_and_batches_a_function_of_the_step(folder):
-    assert settings(folder, "--select-length", 64).held_out_tokens == 20 * 64  # of the longer ones
+def test_parts_are_disjoint_and_batches_a_function_of_the_step():
     corpus, budget = hd.Corpus(np.arange(1000), 96, 0), hd.Budget(1600, 16, 2, 1e-3)
-    rows = corpus.batches("distill", budget)
+    rows, again = (hd.Corpus(np.arange(1000), 96, 0).batches("distill", budget) for _ in range(2))
     parts = [torch.cat(corpus.held_out(part, 6, 16)["text"]) for part in ("validation", "test")]
     parts.append(torch.cat([rows(i) for i in range(25)]))
     a, b, c = (set(part.flatten().tolist()) for part in parts)
-    assert len(a) == len(b) == 96 and not a & b and not a & c and not b & c
-    again = hd.Corpus(np.arange(1000), 96, 0).batches("distill", budget)
+    assert len(a) == len(b) == 96 and not (a & b | a & c | b & c)
     assert torch.equal(rows(7), again(7))
     assert not torch.equal(rows(0), corpus.batches("align", budget)(0))
 
 # ------------------------------------------------------------------------------------ a whole run
-
 @pytest.mark.parametrize(
     "folder,mixer,held_out", [("llama", "gdn", 33), ("qwen3", "gla", 20)], indirect=["folder"]
 )
-def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch):
+def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch, capsys):
     calls = watch(hd, "train", lambda *args, folder=None, **how: [*args[3:], str(folder)])
     steps = watch(hd, "back_propagate")
     parts = watch(hd, "evaluate", lambda model, teach, part: torch.cat(part["text"]))
     more = ("--held-out", held_out, "--mixer", mixer)
-    report = ran(folder, *more)
-    rows, student = report["rows"], Path(report["student"])
-    assert [row["name"] for row in rows] == ["teacher", "ga-s2", "all-linear", "first"]
+    report = ran(folder, *more, "--baselines", "avg-s2,mse,all-linear")
+    rows, text = report["rows"], (folder / "run" / "report.md").read_text()
+    assert [row["name"] for row in rows] == ["teacher", "ga-s2", "avg-s2", "mse", "all-linear"]
     keys = {"softmax_layers", "kl", "kl_text", "perplexity", "recall", "cache_bytes", "cost"}
     assert all(keys <= set(row) for row in rows) and rows[0]["kl"] == 0
-    assert [row["cost"] for row in rows] == [0, 4 * 64, 0, 0]
+    assert [row["cost"] for row in rows] == [0, 4 * 64, 8 * 64, 0, 0]
     needles = {"1 in 512", "4 in 512"} if held_out == 33 else set()  # 528 tokens hold them
     assert all(set(row["needles"]) == needles for row in rows)
-    for n, part in enumerate(parts):  # validation ranks the 4 candidates, the test part the rows
-        wanted = tokens(6000)[: 32 * held_out].view(2, -1, 16)[int(n >= 4)]
+    for n, part in enumerate(parts):  # validation ranks the 8 candidates, the test part the rows
+        wanted = tokens(6000)[: 32 * held_out].view(2, -1, 16)[int(n >= 8)]
         assert sorted(part.tolist()) == sorted(wanted.tolist())
     stages = [(rows, n) for rows, n, place in calls if Path(place).name[:4] in ("dist", "fine")]
-    assert len(stages) >= 4  # 6, but a baseline that is the selection's own set trains once
+    assert len(stages) >= 4  # a baseline that is the selection's own set trains once
     assert [n for _, n in stages] == [2, 1] * (len(stages) // 2)
-    for (first, _), (later, _) in zip(stages[:2] * 2, stages[2:]):
+    for (first, _), (later, _) in zip(stages[:2] * 3, stages[2:]):
         assert all(torch.equal(first(i), later(i)) for i in range(3))
-    assert student.name == f"student-{report['chosen'][0]}" and student.parent == folder / "run"
-    kinds = {type(x).__name__ for x in hd.mixers(load(student)).values()}
-    assert kinds == {hd.MIXERS[mixer].__name__}
-    # another K, baseline and rate: neither stage 1 nor the selection trains again
-    steps.clear()
-    kept = weights(load(student))
-    ran(folder, *more, *"--softmax-layers 2 --baselines last,all-linear --finetune-lr 1e-6".split())
-    assert len(steps) == 2 * (2 + 1) + 1  # all-linear: stage 3 alone
-    assert equal(weights(load(student)), kept) and len([*(folder / "run").glob("student-*")]) == 2
-    # another rate for the same layers, and back: the folder holds the student of the report
+    assert (report["seed"], report["K"], report["finetune"]["length"]) == (0, 1, 32)
+    assert "- finetune: tokens 64, length 32" in text and "| avg-s2 |" in text
+    assert {name.split("-")[0] for name in report["stages"]} == set(STAGES)
+    assert set(report["scores"]["ga-s2"]) >= {f"[{i}] after 2" for i in range(4)}
+    exec(text.split("```python\n")[1].split("```")[0], loaded := {})
+    kept = weights(load(report["student"]))
+    assert equal(weights(loaded["model"]), kept) and report["student"] in capsys.readouterr().out
+    assert report["student"] == str(folder / f"run/student-{report['chosen'][0]}")
+    # another rate for the same layers, and back: the folder holds the student of the report, and
+    # neither stage 1 nor the selection trains again
     for lr, new in ((1e-2, 1), (2e-5, 0)):
         steps.clear()
         ran(folder, *more, "--baselines", "none", "--finetune-lr", lr)
-        assert len(steps) == new and equal(weights(load(student)), kept) == (new == 0)
-
-def test_a_report_says_what_made_it_and_how_to_load_it(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["hybrid_distill.py", "--seed", "7", "with space"])
-    names = "avg-s2,mse,gates,first"
-    report = ran(folder, "--baselines", names, "--seed", 7)
-    text, rows = (folder / "run" / "report.md").read_text(), {r["name"]: r for r in report["rows"]}
-    assert list(rows) == ["teacher", "ga-s2", *names.split(",")]
-    assert rows["avg-s2"]["cost"] == 2 * rows["ga-s2"]["cost"] == 8 * 64
-    assert rows["mse"]["cost"] == rows["first"]["cost"] == 0 < rows["gates"]["cost"]
-    about = {"seed": 7, "K": 1, "teacher": str(folder / "teacher"), "data": str(folder / "ids.npy"),
-             "command": "python hybrid_distill.py --seed 7 'with space'"}  # fmt: skip
-    for name, value in about.items():
-        assert report[name] == value and f"- {name}: `{value}`\n" in text
-    assert report["budgets"]["finetune"]["length"] == 32 and "| avg-s2 |" in text
-    assert "- finetune: tokens: 64, length: 32" in text
-    assert {stage["stage"].split("-")[0] for stage in report["stages"]} == set(STAGES)
-    assert set(report["scores"]["ga-s2"]) == {f"[{i}] after 2" for i in range(4)}
-    code = text.split("```python\n")[1].split("```")[0]
-    exec(code, loaded := {})
-    assert equal(weights(loaded["model"]), weights(load(report["student"])))
-    assert report["student"] in capsys.readouterr().out
-    done = {file: file.read_text() for file in (folder / "run").glob("*/metrics.jsonl")}
-    ran(folder, "--select", "gr-s2", "--baselines", "gates,ga-s2", "--seed", 7)
-    assert done == {f: f.read_text() for f in (folder / "run").glob("*/metrics.jsonl")}
+        assert len(steps) == new and equal(weights(load(report["student"])), kept) == (new == 0)
 
 def test_changed_data_teacher_or_mixer_is_not_taken_for_the_old_one(folder, monkeypatch, datasets):
     more = ("--select", "1", "--baselines", "none", "--data", folder / "a.txt", "--held-out", "4")
-    perplexities = set()
+    perplexities, edited = set(), []
     for text, seed in (("abcd", 0), ("dcba", 0), ("dcba", 5)):
         (folder / "a.txt").write_text(900 * text)
         make_teacher(seed=seed).save_pretrained(folder / "teacher")
         perplexities.add(ran(folder, *more)["rows"][0]["perplexity"])
-    assert len(perplexities) == 3
-    edited = []
     monkeypatch.setattr(hd.inspect, "getsource", lambda of: edited.append(of.__name__) or "edited")
     ran(folder, *more)
-    assert len([*(folder / "run").glob("align-*")]) == 4
+    assert len(perplexities) == 3 and len([*(folder / "run").glob("align-*")]) == 4
     assert {"GatedDeltaNet", "alignment_loss", "kl_rows", "cross_entropy_rows"} <= set(edited)
 
 def test_a_dry_run_says_how_long_a_run_takes(folder, capsys):
     assert hd.main(arguments(folder, "--dry-run", "--select-from", 16)) == 0
     head, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.strip().split("\n")]
-    assert head[0] == "| stage" and head[4] == "hours" and "In all about" in rows[-1][0]
+    assert head[0] == "| stage" and head[4] == "hours" and rows[-1][0].startswith("In all ")
     wanted = "| align 64 1 | select 48 4 | distill 64 3 | finetune 64 3"
     assert " ".join(" ".join(row[:3]) for row in rows[:4]) == wanted
     assert all(float(row[3].replace(",", "")) > 0 < float(row[4]) for row in rows[:4])
-    assert not (folder / "run").exists()
 
 WRONG = [
     (["--data", ""], "--teacher and --data go together"),
-    (["--teacher", "torn"], "it lacks 1 of its weights"),
-    (["--data", "bad.txt"], "cannot read --data bad.txt"),
+    (["--teacher", "torn"], "it lacks 1 of its weights"), (["--held-out", "5000"], "part has"),
+    (["--data", "bad.txt"], "cannot read --data bad.txt"), (["--align-lr", "0"], "lr > 0"),
     (["--device", "abacus"], "cannot use --device abacus"),
-    (["--held-out", "0"], "--held-out must be at least 1"),
-    (["--select", "1,2"], "--select lists 2 layers, not 1"),
-    (["--select", "best"], "or one of ga-s1, ga-s2, gr-s2"),
-    (["--select", "9"], "softmax layers must be distinct and within 0..3"),
-    (["--data", "nothing.txt"], "--data nothing.txt: there is no such file"),
+    (["--held-out", "0"], "--held-out must be at least 1"), (["--softmax-layers", "5"], "not 5"),
+    (["--select", "1,2"], "--select lists 2 layers, not 1"), (["--baselines", "mid"], "not 'mid'"),
     (["--teacher", "mute"], "error: cannot use the tokenizer of --teacher mute"),
-    (["--data", "null.jsonl", "--text-column", "x"], "--text-column is one of text"),
+    (["--data", "null.jsonl", "--text-column", "x"], "--text-column is one of ['text']"),
     (["--teacher", "./nowhere/at"], "--teacher ./nowhere/at: there is no such file"),
-    (["--softmax-layers", "0"], "error: --softmax-layers must be within 1..4, not 0"),
-    (["--softmax-layers", "5"], "error: --softmax-layers must be within 1..4, not 5"),
-    (["--select", "published"], "no selection of 1 layers is published for 'teacher'"),
-    (["--baselines", "middle"], "not 'middle'"), (["--data", "empty.jsonl"], "it is empty"),
-    (["--micro-batch", "-1"], "--micro-batch must be within 0"), (["--align-lr", "0"], "lr > 0"),
-    (["--out", "bad.txt"], "cannot write in --out bad.txt"), ([], "is in use by another process"),
+    (["--data", "empty.jsonl"], "it is empty"), ([], "is in use by another process"),
+    (["--out", "bad.txt"], "cannot write in --out bad.txt"), (["--select", "published"], "by ga"),
     (["--data", "null.jsonl"], "it holds no text"), (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
     (["--data", "empty.jsonl", "--data-config", "x"], "--data-config is for a dataset of the hub"),
-    (["--align-batch", "0"], "a stage needs tokens, a batch"), (["--held-out", "5000"], "part has"),
-    *[(["--data", f"wrong-{n}.npy"], "it must hold a row of token ids, integers below 384")
-      for n in range(5)],
+    *[(["--data", f"{n}.npy"], "a row of token ids, integers below 384") for n in range(5)],
 ]  # fmt: skip
-NO_TOKENS = [np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1), np.ones(0, int)]
 
 @pytest.mark.parametrize("more,sentence", WRONG, ids=lambda value: str(value)[:24])
-def test_wrong_input_gets_one_sentence_before_anything_trains(
-    more, sentence, folder, capsys, monkeypatch
-):
+def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    for n, ids in enumerate(NO_TOKENS):
-        np.save(f"wrong-{n}.npy", ids)
+    wrong = np.ones((2, 3), int), np.ones(9), np.full(9, 384), np.full(9, -1), np.ones(0, int)
+    for n, ids in enumerate(wrong):
+        np.save(f"{n}.npy", ids)
     Path("run").mkdir()
     Path("bad.txt").write_bytes(b"\xff")
     Path("empty.jsonl").touch()
@@ -1359,20 +1050,9 @@ def test_wrong_input_gets_one_sentence_before_anything_trains(
         assert hd.main(arguments(folder, *more)) == 1
     error = capsys.readouterr().err.split("error: ", 1)[1].strip()
     assert sentence in f"error: {error}" and "\n" not in error, error
-    assert not list(folder.glob("run/align-*"))
-
-def test_the_exit_status_is_what_main_returns(monkeypatch):
-    monkeypatch.setattr(hd, "main", lambda: 7)
-    with pytest.raises(SystemExit, match="7"):
-        runpy.run_path(HERE / "hybrid_distill.py", run_name="__main__")
-
-def test_a_bug_in_a_mixer_keeps_its_traceback(folder, monkeypatch):
-    monkeypatch.setattr(hd.GatedDeltaNet, "forward", lambda self, x, **others: (None, *x.shape)[5])
-    with pytest.raises(IndexError):
-        hd.main(arguments(folder))
+    assert not list(folder.glob("run/align-*"))  # before anything trains
 
 # ------------------------------------------------------------------- clients of the saved student
-
 @pytest.fixture(scope="module")
 def saved_student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "student"
@@ -1391,28 +1071,20 @@ def test_a_student_on_the_hub_loads(saved_student, tmp_path):
     (hub / "refs" / "main").write_text("0" * 40)
     x, student = tokens(1, 9), load("someone/student", cache_dir=tmp_path)
     assert torch.equal(student(x).logits, load(saved_student)(x).logits)
-    brought = {"filelock", "huggingface_hub", "numpy", "safetensors", "tokenizers", "tqdm",
-               "transformers"}  # by transformers  # fmt: skip
-    for file, others in (("hybrid_distill.py", brought), ("kernels.py", set())):
+    brought = "filelock huggingface_hub numpy safetensors tokenizers tqdm transformers".split()
+    for file, others in (("hybrid_distill.py", brought), ("kernels.py", [])):
         needed = set(dynamic_module_utils.get_imports(HERE / file))
-        assert needed - others <= {"torch", *sys.stdlib_module_names}, file
+        assert needed <= {"torch", *others, *sys.stdlib_module_names}, file
 
-def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path, monkeypatch):
-    from transformers import pipeline
-
+def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path):
     model, x, teacher = load(saved_student), tokens(1, 9), make_teacher("qwen3")
-    model.config.use_cache = False
     assert list(hd.mixers(model)) == [0, 2, 3] and hd.running_cost(model, 16)["cache_bytes"] > 0
-    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert equal(weights(load(tmp_path / "shards")), weights(model))
-    assert hd.evaluate(model, hd.TeacherPass(teacher), {"text": [x]})["kl"] > 0
-    write = pipeline("text-generation", model=str(saved_student), trust_remote_code=True)
+    how = dict(model=str(saved_student), trust_remote_code=True)
+    write = transformers.pipeline("text-generation", **how)
     text = write("a prompt", max_new_tokens=8, do_sample=False)[0]["generated_text"]
     prompt = hd.byte_tokenizer()("a prompt", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
     assert text == hd.byte_tokenizer().decode(written)
-
     for p in teacher.parameters():  # not the buffers, as in loading
         p.data = p.data.bfloat16()
     student, hybrid = make_student(teacher, [1]), hd.HYBRIDS[type(teacher)]
@@ -1423,14 +1095,9 @@ def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path, monk
     again = load(tmp_path / "half", dtype="auto")
     assert equal(weights(again), weights(student)) and again.dtype == torch.bfloat16
     assert torch.equal(again(x).logits, student(x).logits)
-    add = hd.GatedDeltaNet.add_gates  # as if it made the gates in the dtype of the model
-    made = lambda mixer, *sizes, **to: (add(mixer, *sizes, **to), mixer.bfloat16())
-    monkeypatch.setattr(hd.GatedDeltaNet, "add_gates", made)
     ours = hybrid.from_pretrained(tmp_path / "fp32", dtype=torch.bfloat16)  # not by the file there
     for n, m in itertools.product(gates, (student, again, ours)):
         assert torch.equal(gates[n], m.get_parameter(n)), n
-    with pytest.raises(ValueError, match="custom code"):
-        AutoModelForCausalLM.from_pretrained(saved_student, trust_remote_code=False)
     state = weights(model)
     del state["model.layers.0.self_attn.A_log"]
     model.save_pretrained(tmp_path, state_dict=state)
@@ -1438,45 +1105,42 @@ def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path, monk
         load(tmp_path)
 
 def test_compiled_in_one_graph_and_with_another_attention(saved_student):
-    model, x, positions = load(saved_student), tokens(1, 20), torch.arange(20)[None]
+    model, x, at = load(saved_student), tokens(1, 20), torch.arange(20)[None]
     del model.model.layers[2:]  # one of each kind is left
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for more in ({"position_ids": positions}, {"position_ids": positions % 8},
-                 {"attention_mask": positions > 3}, {"cu_seq_lens_q": torch.tensor([0, 8, 20])}):
-        same(*(run(x, use_cache=False, **more).logits for run in (compiled, model)))
+    compiled, ends = torch.compile(model, backend="eager", fullgraph=True), torch.tensor([0, 8, 20])
+    for how in ({"position_ids": at % 8}, {"attention_mask": at > 3}, {"cu_seq_lens_q": ends}):
+        same(*(run(x, use_cache=False, **how).logits for run in (compiled, model)))
     plain, kept = model(x).logits, model.model.layers[1].self_attn.config
     model.set_attn_implementation("eager")
     assert kept._attn_implementation == "eager"
     same(model(x).logits, plain)
 
-def test_trainer_takes_a_step_and_its_checkpoint_loads(saved_student, tmp_path):
+@pytest.mark.parametrize("lora", [False, True])
+def test_trainer_takes_a_step_and_its_checkpoint_loads(lora, saved_student, tmp_path, watch):
     pytest.importorskip("accelerate")
-    from transformers import Trainer, TrainingArguments
-
     ids, model = list(range(5, 30)), load(saved_student)
     row = {"input_ids": ids, "labels": ids, "attention_mask": [0] * 3 + [1] * 22}
-    before = weights(model)
+    targets, before = ["q_proj", "g_proj", "a_proj", "o_proj"], weights(model)
+    mixer = hd.mixers(model)[0]
+    if lora:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+        trained = peft.get_peft_model(model, config)
+    else:
+        hd.recompute_activations(trained := model)
+    runs = watch(mixer, "chunk")
     how = dict(max_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2)
-    names = ("activation_checkpointing", "gradient_checkpointing")  # renamed within transformers 5
-    how[next(name for name in names if hasattr(TrainingArguments, name))] = True
-    trainer = Trainer(model=model, args=TrainingArguments(tmp_path, **how), train_dataset=[row] * 2)
-    assert math.isfinite(trainer.train().training_loss)
-    name = "model.layers.0.self_attn.A_log"
-    assert not torch.equal(before[name], model.get_parameter(name))
-    trainer.save_model(tmp_path / "saved")
-    assert equal(weights(load(tmp_path / "saved")), weights(model))
+    args = transformers.TrainingArguments(tmp_path, **how)
+    trainer = transformers.Trainer(model=trained, args=args, train_dataset=[row] * 2)
+    assert math.isfinite(trainer.train().training_loss) and len(runs) == (1 if lora else 2)
+    for name in targets if lora else ():
+        assert mixer.get_submodule(name).lora_B["default"].weight.any(), name
+    if not lora:
+        assert not torch.equal(before["model.layers.0.self_attn.A_log"], mixer.A_log)
+        trainer.save_model(tmp_path / "saved")
+        assert equal(weights(load(tmp_path / "saved")), weights(model))
 
-def test_lora_on_the_mixers_projections(saved_student):
-    peft = pytest.importorskip("peft")
-    targets = ["q_proj", "g_proj", "a_proj", "o_proj"]
-    config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(student := load(saved_student), config)
-    model(input_ids=tokens(1, 9), labels=tokens(1, 9)).loss.backward()
-    for name in targets:
-        adapter = student.model.layers[0].self_attn.get_submodule(name).lora_B["default"]
-        assert adapter.weight.grad.any(), name
-
-def test_needle_prompts_hold_their_answer():
+def test_needle_prompts_hold_their_answer_and_whole_answers_count():
     tokenizer, filler = hd.byte_tokenizer(), tokens(4000).numpy()
     prompts, answers = hd.needle_prompts(tokenizer, filler, 4, 3, 900, hd.seeded("needle"))
     assert prompts.shape == (3, 900) and answers.shape == (3, 6)
@@ -1484,30 +1148,13 @@ def test_needle_prompts_hold_their_answer():
         name = prompt.split("magic number for ")[-1].removesuffix(" is")
         assert f"The special magic number for {name} is{answer}." in prompt
         assert prompt.count("special magic number") == 4 + 2
-    # written as the tokenizer writes them behind the question
-    encode = lambda text, **_: [len(word) % 7 for word in text.split(" ")] + [9] * text.count("7")
-    ragged = types.SimpleNamespace(encode=encode, bos_token_id=None)  # a token more for every 7
-    _, answers = hd.needle_prompts(ragged, np.arange(900), 1, 9, 90, hd.seeded("needle"))
-    assert answers.shape[0] == 9 and answers[0, 0] == 5  # "12345" alone, without an empty word
-    assert hd.Corpus(np.arange(99), 9, 0).recall(None) == {"recall": None, "needles": {}}
-
-def test_recall_counts_whole_answers():
-    def generate(tokens, **how):  # the first token right, the second for every other prompt
-        second = tokens[:, 1:2] * (torch.arange(len(tokens)) % 2)[:, None]
-        return torch.cat([tokens, tokens[:, :1], second], 1)
-
+    # the first token right, the second for every other prompt
+    second = lambda x: x[:, 1:2] * (torch.arange(len(x)) % 2)[:, None]
+    generate = lambda x, **how: torch.cat([x, x[:, :1], second(x)], 1)
     model, prompts = types.SimpleNamespace(device="cpu", generate=generate), tokens(8, 5)
     assert hd.recall_accuracy(model, prompts, prompts[:, :2]) == 0.5
 
-def test_readme_links_stand_on_their_lines():
-    lines = (HERE / "hybrid_distill.py").read_text().splitlines()
-    rows = re.findall(r"hybrid_distill\.py#L(\d+)\)[^`\n]*`(\w+)", (HERE / "README.md").read_text())
-    assert len(rows) >= 9
-    for number, name in rows:
-        assert re.match(rf"(def|class) {name}\b", lines[int(number) - 1]), (number, name)
-
 # ---------------------------------------------------------------------- processes of their own
-
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported it all
 FORKS.set_forkserver_preload(["hybrid_distill", __name__])
 
@@ -1534,12 +1181,12 @@ def processes(folder, *more, world=1, stop="never", how=signal.SIGKILL, fits=Tru
         free.bind(("127.0.0.1", 0))
         torchrun = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     torchrun |= dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    args, errors = arguments(folder, *more), folder / "errors"
+    args, errors, found = arguments(folder, *more), folder / "errors", []
     errors.write_text("")
-    found = [FORKS.Process(target=forked, args=(args, errors, stop, how, fits, {
-        **torchrun, "RANK": str(rank), "LOCAL_RANK": str(rank)})) for rank in range(world)]
-    for process in found:
-        process.start()
+    for rank in map(str, range(world)):
+        own = {**torchrun, "RANK": rank, "LOCAL_RANK": rank}
+        found.append(FORKS.Process(target=forked, args=(args, errors, stop, how, fits, own)))
+        found[-1].start()
     for process in found:
         process.join()
     return [process.exitcode for process in found], errors.read_text()
@@ -1550,6 +1197,9 @@ def same_run(calm, run):
         assert one["kl"] == pytest.approx(two["kl"], rel=0.02, abs=1e-6)
 
 def test_killed_at_every_save_a_run_ends_with_the_same_numbers(folder):
+    config = json.loads((folder / "teacher" / "config.json").read_text())
+    config = json.dumps({**config, "attention_dropout": 0.5})  # a resumed stage draws the same
+    (folder / "teacher" / "config.json").write_text(config)
     calm, codes = ran(folder, "--baselines", "none", out="calm"), []
     stop = dict(stop="save run/|write run/(select|row)", how=signal.SIGINT)
     while len(codes) < 20 and (not codes or codes[-1]):
@@ -1557,22 +1207,24 @@ def test_killed_at_every_save_a_run_ends_with_the_same_numbers(folder):
         assert code in (130, -signal.SIGKILL, 0), said
         assert ("the same command goes on" in said) == (code == 130)
         codes, stop["how"] = [*codes, code], signal.SIGKILL
+        for history in (folder / "run").glob("*/metrics.jsonl") if code else ():
+            (history.parent / "step-9").mkdir(exist_ok=True)  # torn: killed while it saved
+            history.open("a").write('{"step": 9, "micro_batch": 1}\n')
     # stage 1 twice, 4 scores, stage 2 twice, stage 3, 2 rows, the end
     assert len(codes) == 2 + 4 + 2 + 1 + 2 + 1 and codes[0] == 130
     again = json.loads((folder / "run" / "report.json").read_text())
-    assert again["rows"] == calm["rows"] and again["scores"] == calm["scores"]
+    assert again["rows"] == calm["rows"] and again["chosen"] == calm["chosen"]
     assert equal(*(weights(load(report["student"])) for report in (calm, again)))
 
 def test_two_processes_train_what_one_does_killed_or_not(folder):
     calm = ran(folder, out="calm")
-    for world, stop in ((2, "save run/align"), (2, "run/select"), (2, "save run/distill")):
-        codes, said = processes(folder, world=world, stop=stop)
+    for stop in ("save run/align", "run/select", "save run/distill"):
+        codes, said = processes(folder, world=2, stop=stop)
         assert -signal.SIGKILL in codes and 0 not in codes, said
     same_run(calm, ran(folder))  # resumed by one
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    args = arguments(folder, "--distill-lr", 2e-4, "--finetune-lr", 2e-5)
-    done = subprocess.run([sys.executable, *torchrun, HERE / "hybrid_distill.py", *args],
-                          stderr=subprocess.PIPE, text=True)  # fmt: skip
+    args = [*torchrun, HERE / "hybrid_distill.py", *arguments(folder, "--finetune-lr", 2e-5)]
+    done = subprocess.run([sys.executable, *args], stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stderr
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -1584,9 +1236,9 @@ def test_two_processes_deal_out_candidates_or_shard_them(fits, folder):
     run = json.loads((folder / "run" / "report.json").read_text())
     same_run(calm, run)
     assert run["chosen"] == calm["chosen"] and run["rows"][1]["cost"] == calm["rows"][1]["cost"]
-    for name, score in calm["scores"]["gates+ga-s2"].items():
-        if "gates" not in name:
-            assert run["scores"]["gates+ga-s2"][name]["kl"] == pytest.approx(score["kl"], rel=0.02)
+    scores, others = (x["scores"]["gates+ga-s2"] for x in (calm, run))
+    for name in (name for name in scores if "gates" not in name):
+        assert others[name]["kl"] == pytest.approx(scores[name]["kl"], rel=0.02)
     files = [json.loads(f.read_text()) for f in sorted((folder / "run").glob("select-*.json"))]
     assert len(files) == 2 and (files[0].keys() != files[1].keys()) == fits
     codes, said = processes(folder, "--select", "9", world=2)
