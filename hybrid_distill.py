@@ -1183,8 +1183,8 @@ def resolve(s, config, parameters: int) -> None:
     for stage, default in zip(STAGES, BUDGETS[s.budget]):
         values = dataclasses.asdict(default).items()
         s.budgets[stage] = Budget(*(getattr(s, f"{stage}_{n}", value) for n, value in values))
-        require(s.budgets[stage].batch % rank_and_world()[1] == 0, f"--{stage}-batch must be a multiple "
-                f"of the {rank_and_world()[1]} processes, which share it")  # fmt: skip
+        world, sentence = rank_and_world()[1], f"--{stage}-batch must be a multiple of processes"
+        require(s.budgets[stage].batch % world == 0, f"{sentence} that share it, {world}")
     s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
     s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
     if s.baselines is None:
@@ -1482,8 +1482,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     out, b, first, teach = Path(s.out), s.budgets, rank_and_world()[0] == 0, TeacherPass(teacher)
     code = [of for of in MIXERS[s.mixer].__mro__ if issubclass(of, Mixer)]
     code += [Norm, alignment_loss, kl_rows, cross_entropy_rows, mean_of_rows, ChunkedLoss, train,
-             back_propagate, parameter_groups, cosine, align_hidden_states, distill_logits, finetune,
-             Corpus, EmbeddedCorpus, sys.modules[chunk_gla.__module__]]  # fmt: skip
+             back_propagate, parameter_groups, cosine, align_hidden_states, distill_logits,
+             finetune, Corpus, EmbeddedCorpus, sys.modules[chunk_gla.__module__]]  # fmt: skip
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
     config = {n: str(value) for n, value in teacher.config.to_dict().items() if "_" != n[0]}
     config.pop("transformers_version", None)
@@ -1523,8 +1523,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         torch.manual_seed(s.seed)
         x = Selection(
             student, teach, batches["select"], validation, s.softmax_layers, select, history,
-            lambda model: corpus.recall(model, "validation")["recall"] or 0.0, file, at_once["select"],
-            several and not fits_one_process(student))  # fmt: skip
+            lambda model: corpus.recall(model, "validation")["recall"] or 0.0, file,
+            at_once["select"], several and not fits_one_process(student))  # fmt: skip
         steps = max(1, s.select_from // (select.batch * select.length))
         layers = s.placed[name] if name in s.placed else select_layers(x, name, steps)
         chosen[name], costs[name] = layers[: s.softmax_layers], x.tokens
@@ -1532,7 +1532,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
     for name, layers in [("teacher", range(len(teacher.model.layers))), *chosen.items()]:
         layers, after = sorted(layers), [b["align"], sorted(layers)]
-        row_of = [base, *after, b["distill"], b["finetune"], name == "teacher", repr(tokenizer), chip]
+        row_of = [base, *after, b["distill"], b["finetune"], name == "teacher", chip]
         if name != "teacher":
             saves = folder_of("distill", after), folder_of("finetune", [*after, b["distill"]])
         file = out / f"row-{key(row_of)}.json"
@@ -1543,7 +1543,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             if name != "teacher":
                 model, rest_lr = restore_attention(student, teacher, layers), b["distill"].rest_lr
                 model = model if several and s.large else model.to(s.device)
-                train_stage("distill", distill_logits, model, teach, folder=saves[0], rest_lr=rest_lr)
+                how = dict(folder=saves[0], rest_lr=rest_lr)
+                train_stage("distill", distill_logits, model, teach, **how)
                 train_stage("finetune", finetune, model, folder=saves[1])
                 to_teachers_dtype(model).to(s.device)
             if first:
