@@ -471,8 +471,9 @@ class ChunkedLoss(torch.autograd.Function):
         # equal chunks, if up to twice as many give them: another shape would be compiled anew
         least = -(-tokens // chunk)
         size = -(-tokens // next((n for n in range(least, 2 * least) if tokens % n == 0), least))
-        # the largest weight comes last: 1 / tokens would be lost in a 16-bit gradient
-        largest = weights.max().clamp(min=torch.finfo(weights.dtype).tiny)
+        # the largest weight, as a power of two that rounds nothing, comes last: 1 / tokens would be
+        # lost in a 16-bit gradient
+        largest = weights.max().clamp(min=1e-30).log2().ceil().exp2()
         weights, total = weights / largest, weights.new_zeros(())
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(head, dtype=weights.dtype) if ctx.needs_input_grad[1] else None

@@ -163,8 +163,9 @@ class ChunkedTorch(torch.autograd.Function):
 def torch_chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
                                  output_final_state=False,
                                  use_qk_l2norm_in_kernel=False):  # fmt: skip
-    """recurrent_gated_delta_rule in chunks, with the same arguments and returns, without its
-    checks: any device, differentiable once. To copy it out take ChunkedTorch and l2norm along."""
+    """recurrent_gated_delta_rule in chunks, with the same arguments and returns: any device,
+    differentiable once. To copy it out take check_inputs, ChunkedTorch and l2norm along."""
+    check_inputs(q, k, v, g, beta, initial_state)
     (B, T, _, Dk), (HV, Dv) = q.shape, v.shape[2:]
     dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
     C = min(64 if max(Dk, Dv) > 32 else 32, T)  # measured: small heads like small chunks

@@ -145,10 +145,10 @@ def test_chunked_pytorch_has_one_gradient_ignores_autocast_and_copies_out():
     torch.autograd.gradcheck(run_rule, inputs)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(run_rule(*inputs)[0].sum(), inputs[0], create_graph=True)
-    names = "l2norm", "ChunkedTorch", "torch_chunk_gated_delta_rule"
+    names = "l2norm", "check_inputs", "ChunkedTorch", "torch_chunk_gated_delta_rule"
     copied, inputs = {"torch": torch, "F": F}, kernels.example(1, 70, 1, 2, 16, 24)
     exec("\n".join(inspect.getsource(getattr(kernels, name)) for name in names), copied)
-    right(inputs, 1e-5, copied[names[2]])
+    right(inputs, 1e-5, copied[names[-1]])
     for each in (recurrent, torch_rule):
         with torch.autocast("cpu", torch.bfloat16):
             found = run_rule(*inputs, each)
@@ -257,7 +257,7 @@ def test_every_kernel_on_the_gpu_is_the_recurrence_and_taken(dtype):
 def test_wrong_kernel_inputs_get_one_sentence(change, sentence):
     inputs = dict(zip(("q", "k", "v", "g", "beta"), kernels.example(1, 8, 2, 2, 16, 16)))
     alone = {"cu_seqlens", "backend"} & change.keys()
-    for wrong in (rule,) if alone else (rule, recurrent):
+    for wrong in (rule,) if alone else (rule, recurrent, kernels.torch_chunk_gated_delta_rule):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=sentence):
             wrong(**{**inputs, **change})
 
