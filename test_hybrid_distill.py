@@ -1169,8 +1169,8 @@ def forked(args, errors, stop, how, fits, torchrun):
         return call
 
     os.environ.update(torchrun)
-    torch.set_num_threads(1)
-    sys.stderr = open(errors, "a", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    torch.set_num_threads(1), setattr(sys, "stderr", open(errors, "a", buffering=1))
     hd.SECONDS_BETWEEN_SAVES, hd.fits_one_process = -1, lambda student: fits
     hd.save, hd.write = stopping(hd.save), stopping(hd.write)
     sys.exit(hd.main(args))
