@@ -24,7 +24,7 @@ Glossary
                                  all-linear student with l alone restored, after a little stage 2
     attention, rest  -           every layer's self_attn, softmax or linear; all other parameters
 
-First the method, in the order of the paper; then the plumbing, which the method never calls.
+First the method, in the order of the paper; then the plumbing: settings, data, evaluation, the run.
 """
 
 from __future__ import annotations
@@ -864,14 +864,14 @@ def distill_logits(student, teach, batches, steps, lr=1e-4, rest_lr=7e-6, **how)
 def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
     """Stage 3: cross-entropy on longer sequences, all parameters at `lr`, no teacher ("ce")."""
     def losses(tokens):
-        yield "ce", next_token_loss(student, tokens), 1.0
+        hidden, head = last_hidden(student, tokens), whole(student.lm_head.weight)
+        yield "ce", next_token_loss(hidden, head, tokens), 1.0
 
     return train(student, parameter_groups(student, lr, lr), losses, batches, steps, **how)
 
-def next_token_loss(model, tokens):
-    """-log p of the next token, mean over [B, T - 1]."""
-    hidden, labels = last_hidden(model, tokens)[:, :-1], tokens[:, 1:].to(model.device)
-    return cross_entropy_loss(hidden, whole(model.lm_head.weight), labels)
+def next_token_loss(hidden, head, tokens):
+    """-log p of the next token, mean over [B, T - 1], given hidden [B, T, D] of tokens [B, T]."""
+    return cross_entropy_loss(hidden[:, :-1], head, tokens[:, 1:].to(hidden.device))
 
 @torch.no_grad()
 def evaluate(model, teach, held_out) -> dict[str, float]:
@@ -885,8 +885,7 @@ def evaluate(model, teach, held_out) -> dict[str, float]:
         kl = float(kl_loss(hidden, head, teacher_hidden, teach.teacher.lm_head))
         found = {"kl": kl, f"kl_{kind}": kl}
         if kind == "text":
-            labels = tokens[:, 1:].to(hidden.device)
-            found["perplexity"] = float(cross_entropy_loss(hidden[:, :-1], head, labels))
+            found["perplexity"] = float(next_token_loss(hidden, head, tokens))
         sums.update({name: value * count for name, value in found.items()})
         counts.update(dict.fromkeys(found, count))
     model.train(mode)
@@ -930,11 +929,13 @@ class Selection:
             hybrid = restore_attention(self.student, self.teach.teacher, sets[name])
             hybrid = shard(hybrid) if self.shard else hybrid.to(self.teach.teacher.device)
             if steps:
-                distill_logits(hybrid, self.teach, self.batches, steps, self.budget.lr,
-                               self.budget.rest_lr, micro_batch=self.micro_batch)  # fmt: skip
+                rates = self.budget.lr, self.budget.rest_lr
+                how = dict(micro_batch=self.micro_batch)
+                history = distill_logits(hybrid, self.teach, self.batches, steps, *rates, **how)
+                self.micro_batch = history[-1]["micro_batch"]  # as memory allowed
             self.remember(keys[name], evaluate(hybrid, self.teach, self.validation))
         self.scores = dict(collections.ChainMap(*gather(self.scores)))
-        self.spent |= {keys[name]: steps * self.batch_tokens() for name in sets if steps}
+        self.spent |= {keys[name]: steps * self.batch_tokens for name in sets if steps}
         return {name: self.scores[keys[name]]["kl"] for name in sets}
 
     def remember(self, name, score):
@@ -946,7 +947,8 @@ class Selection:
     def tokens(self) -> int:
         return sum(self.spent.values())
 
-    def batch_tokens(self):
+    @functools.cached_property
+    def batch_tokens(self) -> int:
         return (self.batches(0) if callable(self.batches) else self.batches[0]).numel()
 
 def best_first(importance) -> list[int]:
@@ -989,8 +991,8 @@ def mse(x):
 
 def ppl(x):
     """The same zeroing: the loss on every token, which ranks as perplexity does."""
-    return ablate(x, lambda hidden, before, tokens: cross_entropy_loss(
-        hidden[:, :-1], x.teach.teacher.lm_head, tokens[:, 1:].to(hidden.device)))  # fmt: skip
+    head = x.teach.teacher.lm_head
+    return ablate(x, lambda hidden, before, tokens: next_token_loss(hidden, head, tokens))
 
 @torch.no_grad()
 def ablate(x, error):
@@ -1059,7 +1061,7 @@ def gates(x, lr=0.1, pull=0.5):
             train(nn.ParameterList([theta]), groups, losses, x.batches, steps,
                   micro_batch=x.micro_batch)  # fmt: skip
         x.remember(name, gather(theta.sigmoid().tolist())[0])  # processes must go on alike
-    x.spent[name] = steps * x.batch_tokens()
+    x.spent[name] = steps * x.batch_tokens
     return dict(enumerate(x.scores[name]))
 
 def gates_ga_s2(x):
@@ -1106,11 +1108,7 @@ def published_layers(score: str, k: int, teacher_name: str) -> list[int]:
             f"{name!r} by {score}, but for {known or 'no teacher'}")  # fmt: skip
     return layers[:k]
 
-# ================================================================================================
-#                                           THE PLUMBING
-# ================================================================================================
-
-# --------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------- the plumbing: settings
 
 @dataclasses.dataclass
 class Budget:
@@ -1198,13 +1196,12 @@ def resolve(s, config, parameters: int) -> None:
     require(1 <= k <= L, f"--softmax-layers must be within 1..{L}, not {k}")
     known = ", ".join(["3,7,11", *SELECTORS, *RULES, "published", "all-linear"])
     s.names = [s.select, *dict.fromkeys(name for name in rows if name not in ("none", s.select))]
-    s.placed = {s.select: check_layers(given, L)} if given else {"all-linear": []}
-    for name in {*s.names} - {*SELECTORS, *s.placed, "all-linear"}:
+    s.placed = {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
+    for name in {*s.names} - {*SELECTORS, *s.placed}:
         right = name in RULES or name.partition(":")[0] == "published"
         require(right, f"--select and --baselines take {known}, not {name!r}")
         published = [] if name in RULES else published_layers(name, k, s.teacher or "")
         s.placed[name] = published or RULES[name](L, k, s.seed)
-    s.placed["all-linear"] = []
 
 # what loaders raise for files that are missing, broken, too new or of another kind
 UNREADABLE = (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, AssertionError,
@@ -1520,12 +1517,13 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         student.cpu()  # it is copied for every candidate, and the GPU is theirs
     select = b["select"]
     file = out / f"select-{key([base, b['align'], *dataclasses.astuple(select)[1:]])}"
+    too_large = several and not fits_one_process(student)
     for name in s.names:
         torch.manual_seed(s.seed)
         x = Selection(
             student, teach, batches["select"], validation, s.softmax_layers, select, history,
             lambda model: corpus.recall(model, "validation")["recall"] or 0.0, file,
-            at_once["select"], several and not fits_one_process(student))  # fmt: skip
+            at_once["select"], too_large)  # fmt: skip
         steps = max(1, s.select_from // (select.batch * select.length))
         layers = s.placed[name] if name in s.placed else select_layers(x, name, steps)
         chosen[name], costs[name] = layers[: s.softmax_layers], x.tokens
