@@ -1,30 +1,21 @@
 """Turn a pretrained softmax Transformer into a hybrid: few softmax layers, the rest linear.
 
-    python hybrid_distill.py                # the whole method on a small teacher, no download
-    python hybrid_distill.py --teacher HuggingFaceTB/SmolLM2-135M-Instruct --softmax-layers 8 \\
-        --data HuggingFaceFW/fineweb-edu --data-config sample-10BT --out runs/smollm
-    python hybrid_distill.py --help         # every option
+    python hybrid_distill.py             # the whole method on a small teacher, no download
+    python hybrid_distill.py --help      # every option; a real Llama: README.md
 
-Reading list
-    [1] Distilling to Hybrid Attention Models via KL-Guided Layer Selection, arXiv 2512.20569
-    [2] RADLADS, arXiv 2505.03005: stages 0 to 3
-    [3] Gated Delta Networks, arXiv 2412.06464: the mixer; its recurrence is in kernels.py
+[1] Distilling to Hybrid Attention Models via KL-Guided Layer Selection, arXiv 2512.20569
+[2] RADLADS, arXiv 2505.03005: stages 0 to 3
+[3] Gated Delta Networks, arXiv 2412.06464: the mixer, whose recurrence is in kernels.py
 
-Glossary
-    code             paper       shape and meaning
-    B T D V          -           batch, tokens, hidden size, vocabulary
-    H Dh             -           query heads, head size (from the attention: not always D / H)
-    L, K             L, K        layers of the teacher, layers that stay softmax
-    q k v            q k v       [B, T, H, Dh]
-    g                log alpha   [B, T, H]       log-decay, <= 0; GLA's [B, T, H, Dh]
-    beta             beta        [B, T, H]       write strength, in (0, 1)
-    S                S           [B, H, Dh, Dh]  the recurrent state, fp32
-    softmax_layers   -           0-based indices of the K layers that keep softmax attention
-    importance       I(l)        how much layer l should stay softmax; by GA-S2 the -KL of the
-                                 all-linear student with l alone restored, after a little stage 2
-    attention, rest  -           every layer's self_attn, softmax or linear; all other parameters
-
-First the method, in the order of the paper; then the plumbing: settings, data, evaluation, the run.
+code         paper       shape and meaning
+B T D V      -           batch, tokens, hidden size, vocabulary
+H Dh         -           query heads, head size (from the attention: not always D / H)
+L, K         L, K        layers of the teacher, layers that stay softmax
+q k v        q k v       [B, T, H, Dh]
+g            log alpha   [B, T, H]       log-decay, <= 0; GLA's [B, T, H, Dh]
+beta         beta        [B, T, H]       write strength, in (0, 1)
+S            S           [B, H, Dh, Dh]  the recurrent state, fp32
+importance   I(l)        how much layer l should stay softmax
 """
 
 from __future__ import annotations
@@ -87,29 +78,26 @@ def require(condition, sentence: str) -> None:
 # ---------------------------------------------------------------------------------------- the mixer
 
 class Mixer(nn.Module):
-    """Linear attention in the place of a softmax attention: what every kind of it shares.
+    """Linear attention in the place of a layer's softmax attention: what every kind of it shares.
 
-    attn: the self_attn of a Llama, Mistral, Qwen2 or Qwen3 layer. Stage 0 for one layer: its W_q,
-    W_k, W_v, W_o with their biases (Qwen2), q/k norms (Qwen3) and head size are copied. Mixer head
-    h gets query head h and the KV head h // (H / H_kv) that it reads, as a whole. (The official
-    code repeats weight rows, which mixes channels of heads, and drops biases.)
+    Stage 0 for one layer: W_q, W_k, W_v, W_o of `attn` with their biases (Qwen2), its q/k norms
+    (Qwen3) and head size are copied. Mixer head h gets query head h and the KV head h // (H / H_kv)
+    that it reads, whole. (The official code repeats weight rows, which mixes channels of heads.)
 
     Another mixer is a subclass in this file, named in MIXERS, with
     add_gates(D, std, **to)   its own parameters; std: of new matrices
-    gates(x, q, k, v)         x [B, T, D], others [B, T, H, Dh] -> q, k, v and what else is written
-                              to the state, decay first, as a logarithm [B, T, H, ...]
+    gates(x, q, k, v)         x [B, T, D], others [B, T, H, Dh] -> q, k, v, log-decay [B, T, H, ...]
+                              and what else is written to the state
     chunk(q, k, v, *gates, initial_state=, output_final_state=) -> o [B, T, H, Dh], S
-    step                      if one token can be had faster: as in GatedDeltaNet
     """
     fp32 = ()  # names of parameters that stay fp32 whatever the model is
 
     @torch.no_grad()
     def __init__(self, attn):
         super().__init__()
-        H, Dh, std = attn.config.num_attention_heads, attn.head_dim, attn.config.initializer_range
+        H, Dh, w = attn.config.num_attention_heads, attn.head_dim, attn.q_proj.weight
+        D, std, to = w.shape[1], attn.config.initializer_range, dict(device=w.device, dtype=w.dtype)
         self.layer_idx, self.num_heads, self.head_dim = attn.layer_idx, H, Dh
-        D, weight = attn.config.hidden_size, attn.q_proj.weight
-        to = dict(device=weight.device, dtype=weight.dtype)
         self.q_proj, self.o_proj = copy.deepcopy(attn.q_proj), copy.deepcopy(attn.o_proj)
         self.k_proj, self.v_proj = copy.deepcopy(attn.q_proj), copy.deepcopy(attn.q_proj)  # H heads
         for ours, theirs in ((self.k_proj, attn.k_proj), (self.v_proj, attn.v_proj)):
@@ -123,11 +111,11 @@ class Mixer(nn.Module):
         self.o_norm = nn.Parameter(torch.ones(Dh, **to))
 
     def forward(self, hidden_states, padding_mask=None, sequence_starts=None, **others):
-        """hidden_states [B, T, D] -> ([B, T, D], None), as transformers calls a layer's self_attn.
+        """[B, T, D] -> ([B, T, D], None), as transformers calls a layer's self_attn.
 
-        padding_mask: [B, >= T], True on real tokens, or None. sequence_starts: [B or 1, T], True
-        where another sequence of a packed row begins, or None. others: what transformers hands to
-        every self_attn: a cache, whose name changes between versions, and what softmax needs.
+        padding_mask [B, >= T]: True on real tokens. sequence_starts [B or 1, T]: True where another
+        sequence of a packed row begins. others: a cache, whose name depends on the version of
+        transformers, and what softmax attention needs.
         """
         x, T, heads = hidden_states, hidden_states.shape[1], (self.num_heads, self.head_dim)
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
@@ -136,7 +124,7 @@ class Mixer(nn.Module):
         real = None if padding_mask is None else padding_mask[:, -T:]
         cache = next((c for c in others.values() if "Cache" in type(c).__name__), None)
         state = None if cache is None else recurrent_state(cache, self.layer_idx)
-        S = state and state.S
+        S = state and state.keys
         if state and T == 1 and hasattr(self, "step") and not torch.is_grad_enabled():
             o, S = self.step(x, q, k, v, gate, S, real)
         else:
@@ -145,13 +133,13 @@ class Mixer(nn.Module):
                 decay = masked(decay, sequence_starts, -torch.inf)
             if real is not None:  # padding writes nothing (k, v, beta = 0), decays nothing (g = 0)
                 k, v, decay, *more = (masked(t, ~real, 0) for t in (k, v, decay, *more))
-            how = dict(initial_state=S, output_final_state=state is not None)
-            o, S = self.chunk(q, k, v, decay, *more, **how)
+            keep = dict(initial_state=S, output_final_state=state is not None)
+            o, S = self.chunk(q, k, v, decay, *more, **keep)
             # RMSNorm(o_t) * SiLU(W_g x_t), the norm per head and in fp32
             o = F.rms_norm(o.float(), (self.head_dim,), self.o_norm.float(), 1e-5)
             o = (o * F.silu(gate.float())).to(gate.dtype)
         if state:
-            state.S, state.seen = S, state.seen + T
+            state.keys, state.values, state.seen = S, S[:, :0], state.seen + T
         return self.o_proj(o.flatten(2)), None
 
 def masked(t, rows, value):
@@ -226,26 +214,15 @@ MIXERS = {"gdn": GatedDeltaNet, "gla": GatedLinearAttention}  # by config.mixer
 # ------------------------------------------------------------------- the hybrid model, its cache
 
 class RecurrentState(DynamicLayer):
-    """One layer of transformers' cache that holds a mixer's state S [B, ...], of constant size.
-    `generate` asks a cache for its length and to follow the batch (beam search)."""
-    is_croppable, S, seen = False, None, 0
+    """One layer of transformers' cache for a mixer: its keys are the state S [B, H, Dh, Dh], of
+    constant size, its values empty, and both follow the batch (beam search) as keys do."""
+    is_croppable, seen = False, 0
 
     def reset(self):
-        self.S, self.seen = None, 0
+        self.keys, self.values, self.seen = None, None, 0
 
     def get_seq_length(self, *_) -> int:
         return self.seen
-
-    def batch_select_indices(self, indices):
-        self.S = None if self.S is None else self.S[indices.to(self.S.device)]
-
-    reorder_cache = batch_select_indices
-
-    def batch_repeat_interleave(self, repeats):
-        self.S = None if self.S is None else self.S.repeat_interleave(repeats, dim=0)
-
-    def update(self, *_, **__):
-        raise TypeError("a RecurrentState holds no keys and values: use this cache with its hybrid")
 
     def crop(self, *_):
         raise NotImplementedError("a recurrent state cannot be rolled back: no assisted decoding")
@@ -258,10 +235,9 @@ def recurrent_state(cache, layer_idx: int) -> RecurrentState:
         cache.layers.append(lazy())
     layer = cache.layers[layer_idx] if isinstance(cache, Cache) else cache
     if not isinstance(layer, RecurrentState):
-        kind = type(layer).__name__  # static layers, or the pages of continuous batching
-        require(isinstance(layer, DynamicLayer), f"a hybrid needs a dynamic cache, not a {kind}: "
-                "call generate with cache_implementation='dynamic'")  # fmt: skip
-        require(not layer.get_seq_length(), "this cache holds keys and values of another model")
+        empty = isinstance(layer, DynamicLayer) and not layer.get_seq_length()
+        require(empty, "a hybrid needs a dynamic cache of its own: not another model's, not a "
+                f"{type(layer).__name__} (generate: cache_implementation='dynamic')")  # fmt: skip
         layer = cache.layers[layer_idx] = RecurrentState()
     return layer
 
@@ -281,20 +257,20 @@ class Hybrid:
         return (model, info) if output_loading_info else model
 
     def generate(self, *args, **options):
-        paged = options.get("cache_implementation") == "paged"
-        require(not (paged or options.get("assistant_early_exit")), "a recurrent state is neither "
-                "cut in pages nor rolled back: no paged cache, no assisted decoding")  # fmt: skip
+        paged = options.get("cache_implementation") == "paged"  # it would fail in a thread, unseen
+        require(not paged, "a recurrent state is not cut in pages: no paged cache")
         return super().generate(*args, **options)
 
 HYBRIDS = {}  # the stock class -> its hybrid: LlamaForCausalLM -> HybridLlamaForCausalLM, ...
 for _base in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
-    _names = f"Hybrid{_base.config_class.__name__}", f"Hybrid{_base.__name__}"
-    _body = {"__module__": __name__, "model_type": f"hybrid_{_base.config_class.model_type}"}
-    _config = type(_names[0], (_base.config_class,), _body)
-    _hybrid = type(_names[1], (Hybrid, _base), {"__module__": __name__, "config_class": _config})
+    _stock, _here = _base.config_class, {"__module__": __name__}
+    _type = {"model_type": f"hybrid_{_stock.model_type}"}
+    _config = type(f"Hybrid{_stock.__name__}", (_stock,), _here | _type)
+    _hybrid = type(f"Hybrid{_base.__name__}", (Hybrid, _base), _here | {"config_class": _config})
     _config.register_for_auto_class("AutoConfig")  # so that a saved student carries this file
     _hybrid.register_for_auto_class("AutoModelForCausalLM")
-    HYBRIDS[_base], globals()[_names[0]], globals()[_names[1]] = _hybrid, _config, _hybrid
+    HYBRIDS[_base] = globals()[_hybrid.__name__] = _hybrid
+    globals()[_config.__name__] = _config
 
 class Norm(nn.RMSNorm):
     """The teacher's RMSNorm as one kernel, not seven; under autocast in the dtype of the products,
@@ -330,17 +306,15 @@ def _tell_mixers(decoder, args, kwargs):
     if ends is not None:  # attention that is not flash parts the sequences by their positions
         tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
         require(len(tokens) == 1, f"cu_seq_lens_q is for one packed row, not {len(tokens)}")
-        ends = ends.to(tokens.device).long()
-        at = torch.arange(tokens.shape[1], device=tokens.device)
-        positions = (at - ends[torch.searchsorted(ends, at, right=True) - 1])[None]
+        starts, T = ends[:-1].long().repeat_interleave(ends.diff()), tokens.shape[1]
+        positions = torch.arange(T, device=tokens.device)[None] - starts.to(tokens.device)
         args, kwargs = args[:2], {**kwargs, "position_ids": positions}
     if positions is not None and positions.shape[-1] > 1:
         # A sequence begins wherever a position is not the one before plus 1, as in transformers,
         # whose softmax layers part sequences without a cache alone.
         starts = F.pad(positions.diff(dim=-1) != 1, (1, 0))
         kwargs = {**kwargs, "sequence_starts": starts}
-        cached, compiling = call.get("use_cache") in (None, True), torch.compiler.is_compiling()
-        if cached and not compiling and starts.any():
+        if not torch.compiler.is_compiling() and starts.any():
             require(not call.get("use_cache"), "packed sequences need use_cache=False")
             kwargs["use_cache"] = False
     return args, kwargs
@@ -351,13 +325,12 @@ def mixers(model) -> dict[int, nn.Module]:
     return {i: x.self_attn for i, x in enumerate(model.model.layers) if i not in softmax}
 
 def product_dtype(model) -> torch.dtype:
-    """Of matrix products: the teacher's. A student trains in fp32, as 16-bit weights swallow small
-    steps, and has it in its config."""
+    """The teacher's, of matrix products. A student trains in fp32: 16 bits swallow small steps."""
     return getattr(torch, getattr(model.config, "product_dtype", ""), model.dtype)
 
 def autocast(model):
-    half = product_dtype(model) != model.dtype
-    return torch.autocast(model.device.type, product_dtype(model) if half else None, half)
+    dtype = product_dtype(model)
+    return torch.autocast(model.device.type, dtype, enabled=dtype != model.dtype)
 
 def last_hidden(model, tokens):
     """tokens [B, T], anywhere -> what goes into the LM head, [B, T, D], in product_dtype(model)."""
@@ -908,16 +881,15 @@ class Selection:
     file: Path | None = None  # scores are remembered in files of this name
     micro_batch: int | None = None
     shard: bool = False  # a candidate is too large for one of several processes
-    spent: dict = dataclasses.field(default_factory=dict)  # {what was scored: tokens trained on}
 
     def __post_init__(self):
-        self.layers, self.steps = range(len(mixers(self.student))), self.budget.steps
+        self.layers, self.steps, self.spent = [*mixers(self.student)], self.budget.steps, {}
         L = len(self.student.model.layers)
         require(1 <= self.k <= len(self.layers) == L, f"k must be within 1..{L}, of an all-linear "
                 f"student, not {self.k} of one with {len(self.layers)} linear layers")  # fmt: skip
-        files = sorted(self.file.parent.glob(f"{self.file.name}*.json")) if self.file else ()
-        scores = gather([json.loads(file.read_text()) for file in files])[0]
-        self.scores = dict(collections.ChainMap(*scores))
+        files = self.file.parent.glob(f"{self.file.name}.*.json") if self.file else ()
+        found = gather([json.loads(file.read_text()) for file in files])[0]
+        self.scores = dict(collections.ChainMap(*found))
 
     def kl(self, sets, steps=None) -> dict:
         """{name: KL of the all-linear student with the layers sets[name] restored, after a little
@@ -929,13 +901,12 @@ class Selection:
             hybrid = restore_attention(self.student, self.teach.teacher, sets[name])
             hybrid = shard(hybrid) if self.shard else hybrid.to(self.teach.teacher.device)
             if steps:
-                rates = self.budget.lr, self.budget.rest_lr
-                how = dict(micro_batch=self.micro_batch)
-                history = distill_logits(hybrid, self.teach, self.batches, steps, *rates, **how)
+                args = self.batches, steps, self.budget.lr, self.budget.rest_lr
+                history = distill_logits(hybrid, self.teach, *args, micro_batch=self.micro_batch)
                 self.micro_batch = history[-1]["micro_batch"]  # as memory allowed
             self.remember(keys[name], evaluate(hybrid, self.teach, self.validation))
         self.scores = dict(collections.ChainMap(*gather(self.scores)))
-        self.spent |= {keys[name]: steps * self.batch_tokens for name in sets if steps}
+        self.spent |= {keys[name]: steps for name in sets if steps}
         return {name: self.scores[keys[name]]["kl"] for name in sets}
 
     def remember(self, name, score):
@@ -945,11 +916,9 @@ class Selection:
 
     @property
     def tokens(self) -> int:
-        return sum(self.spent.values())
-
-    @functools.cached_property
-    def batch_tokens(self) -> int:
-        return (self.batches(0) if callable(self.batches) else self.batches[0]).numel()
+        """What candidates trained on, in all."""
+        batch = self.batches(0) if callable(self.batches) else self.batches[0]
+        return sum(self.spent.values()) * batch.numel()
 
 def best_first(importance) -> list[int]:
     return sorted(importance, key=importance.get, reverse=True)
@@ -974,19 +943,21 @@ def avg_s2(x):
     ranks = [best_first(importance) for importance in (ga_s2(x), gr_s2(x))]
     return {i: -sum(rank.index(i) for rank in ranks) / 2 for i in x.layers}
 
+def zero_shot(x):
+    """GA-S2 without training."""
+    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}, steps=0).items()}
+
 def ar(x):
     """The drop of the teacher's recall accuracy when the attention output of l is zeroed."""
     before, drop = x.recall(x.teach.teacher), {}
     for i in x.layers:
         with replaced(x.teach.teacher, [i]):
             drop[i] = before - x.recall(x.teach.teacher)
-    require(max(drop.values()) > 0, f"ar needs a teacher that recalls: it finds {before:.1%}, and "
-            "not less without any of its layers")  # fmt: skip
+    require(max(drop.values()) > 0, f"ar needs a teacher that recalls: it finds {before:.1%}")
     return drop
 
 def mse(x):
-    """The same zeroing: mean squared error of what goes into the LM head. (The paper's layer and
-    normalisation are not known: its scripts hold the task scores alone.)"""
+    """The same zeroing: mean squared error of what goes into the head (the paper: not said)."""
     return ablate(x, lambda hidden, before, tokens: (hidden - before).float().square().mean())
 
 def ppl(x):
@@ -1005,10 +976,6 @@ def ablate(x, error):
                 hidden = last_hidden(x.teach.teacher, tokens)
             sums[i] += float(error(hidden, before, tokens)) * tokens.numel()
     return sums
-
-def zero_shot(x):
-    """-KL of the all-linear student with only l restored, without training."""
-    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}, steps=0).items()}
 
 def smart(x):
     """Spread-out sensitivity: of all sets with the first and last layer, and with gaps between
@@ -1040,9 +1007,9 @@ def gates(x, lr=0.1, pull=0.5):
         loss = KL(teacher || student) + pull mean_l(a_l)
     """
     device = x.teach.teacher.device
-    student = restore_attention(x.student, x.teach.teacher, x.layers).to(device)
+    student = restore_attention(x.student, x.teach.teacher, x.layers).to(device).train()
     linear = copy.deepcopy(nn.ModuleList(mixers(x.student).values())).to(device)
-    student.train().requires_grad_(False), linear.requires_grad_(False)
+    student.requires_grad_(False), linear.requires_grad_(False)
     theta = nn.Parameter(torch.zeros(len(linear), device=device, dtype=torch.float32))
 
     def mixed(i, inputs, y):
@@ -1057,11 +1024,11 @@ def gates(x, lr=0.1, pull=0.5):
     steps = max(100, x.steps) if callable(x.batches) else x.steps
     if (name := f"gates {lr} {pull} after {steps}") not in x.scores:
         groups = [{"params": [theta], "lr": lr, "weight_decay": 0.0}]
+        args = nn.ParameterList([theta]), groups, losses, x.batches, steps
         with replaced(student, x.layers, mixed):
-            train(nn.ParameterList([theta]), groups, losses, x.batches, steps,
-                  micro_batch=x.micro_batch)  # fmt: skip
+            train(*args, micro_batch=x.micro_batch)
         x.remember(name, gather(theta.sigmoid().tolist())[0])  # processes must go on alike
-    x.spent[name] = steps * x.batch_tokens
+    x.spent[name] = steps
     return dict(enumerate(x.scores[name]))
 
 def gates_ga_s2(x):
@@ -1099,13 +1066,12 @@ RULES = {  # (L, k, seed) -> k of L layers without a look at any data
 def published_layers(score: str, k: int, teacher_name: str) -> list[int]:
     """The k layers published with [1]'s code for `teacher_name` (its last path component) by
     published, which is GA-S2, or by published:SCORE: prefixes of assets/published.json."""
-    rankings = json.loads((Path(__file__).parent / "assets" / "published.json").read_text())
-    name, score = teacher_name.rstrip("/").split("/")[-1], score.partition(":")[2] or "ga_s2"
-    layers = rankings.get(name, {}).get(score, [])
+    file = Path(__file__).parent / "assets" / "published.json"
+    name, score = Path(teacher_name).name, score.partition(":")[2] or "ga_s2"
+    layers = json.loads(file.read_text()).get(name, {}).get(score, [])
     sets_alone = score == "ga_s2" and len(layers) == 9 and k not in (7, 9)
-    known = ", ".join(f"{n} ({len(by[score])})" for n, by in rankings.items() if score in by)
-    require(k <= len(layers) and not sets_alone, f"no selection of {k} layers is published for "
-            f"{name!r} by {score}, but for {known or 'no teacher'}")  # fmt: skip
+    known = k <= len(layers) and not sets_alone
+    require(known, f"no {k} layers are published for {name!r} by {score}: see {file}")
     return layers[:k]
 
 # ------------------------------------------------------------------------- the plumbing: settings
@@ -1424,7 +1390,7 @@ def running_cost(model, length: int) -> dict:
     tokens = torch.ones(1, length, dtype=torch.long, device=model.device)
     output = model.model(input_ids=tokens, use_cache=True)
     cache = next(value for value in output.values() if isinstance(value, Cache))
-    states = [[x.S] if hasattr(x, "S") else [x.keys, x.values] for x in cache.layers]
+    states = [[x.keys, x.values] for x in cache.layers]
     found, seconds = {"cache_bytes": sum(t.nbytes for state in states for t in state)}, {}
     for new in (1, 33, 1, 33, 1, 33) if model.device.type == "cuda" else ():  # the least of three
         start, how = time.monotonic(), dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
