@@ -1,12 +1,14 @@
-"""The figures of tutorial.ipynb. Each function draws one, from plain numbers.
+"""The figures of tutorial.ipynb and README. Each function draws one, from plain numbers.
 
 One colour has one meaning in all of them: blue is a softmax layer (or the row whose softmax layers
 the KL chose), grey a linear one, black the teacher, purple the delta rule; each fixed rule has its
 own colour and mark, so that the figures can be read without colours.
 """
 
+import json
 import math
 import statistics
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
@@ -346,3 +348,55 @@ def rows(table):
     ax.set(xlabel="test KL (nats)", xlim=(0, 1.25 * table[-1]["kl"]), ylim=(len(table) - 0.5, -0.5),
            title=f"{max(len(row['softmax_layers']) for row in table)} softmax layers "
                  "(all-linear: none), by way of choosing")
+
+
+def evidence(runs, k):
+    """{row: its rows of all seeds} of the Gated DeltaNet runs with k softmax layers, best first."""
+    found = {}
+    for run in runs:
+        for row in run["rows"] if run["K"] == k and run["mixer"] == "gdn" else ():
+            found.setdefault(row["name"], {})[run["seed"]] = row
+    found = {name: [*by.values()] for name, by in found.items()}
+    return dict(sorted(found.items(), key=lambda item: statistics.mean(r["kl"] for r in item[1])))
+
+
+def readme(runs, k=8):
+    """The README's figure: test KL by way of choosing, and needles against the context length."""
+    left, right = panels(2, 4.2, gridspec_kw={"width_ratios": [1.15, 1]})
+    rows = {name: rows for name, rows in evidence(runs, k).items() if name != "teacher"}
+    for y, (name, seeds) in enumerate(rows.items()):
+        kl = [row["kl"] for row in seeds]
+        mean, known = statistics.mean(kl), style(name)
+        left.plot([min(kl), max(kl)], [y, y], color=known["color"], linewidth=2)
+        left.plot(mean, y, linestyle="", markersize=7, **known)
+        needles = statistics.mean(row["recall"] for row in seeds)
+        left.annotate(f"{mean:.3f} nats, {100 * needles:.0f} % of needles", (max(kl), y), (9, 0),
+                      textcoords="offset points", va="center", fontsize=8)
+    count = {name: f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
+             for name, seeds in rows.items()}
+    left.set_yticks(range(len(rows)), [count[name] for name in rows])
+    worst = max(row["kl"] for seeds in rows.values() for row in seeds)
+    left.set(xlabel="test KL to the teacher (nats)", xlim=(0, 1.75 * worst),
+             ylim=(len(rows) - 0.5, -0.5), title=f"{k} of 30 layers kept softmax, by who chose them")
+    lengths, ends = (512, 1024, 2048, 4096), {}
+    named = [name for name in ("teacher", "gates", "ga-s2", "centred", "all-linear")
+             if name == "teacher" or name in rows]
+    for name in named:
+        seeds = evidence(runs, k)[name]
+        found = [100 * statistics.mean(row["needles"][f"{n} in {length}"] for row in seeds
+                                       for n in (1, 4)) for length in lengths]
+        right.plot(range(len(lengths)), found, clip_on=False, **style(name))
+        ends[name] = found[-1]
+    low = -10
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):  # labels do not overlap
+        low = max(end, low + 5)
+        right.annotate(name, (len(lengths) - 1, low), (8, -3), textcoords="offset points")
+    right.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    right.set(xlabel="tokens of context", ylabel="needles found (%)", ylim=(-2, 100),
+              xlim=(0, len(lengths) - 0.2), title="numbers hidden in a text, found again")
+
+
+if __name__ == "__main__":  # python assets/plots.py: the README's figure again
+    here = Path(__file__).parent
+    readme(json.loads((here / "smollm2.json").read_text())["runs"])
+    plt.savefig(here / "smollm2.png", dpi=150)
