@@ -111,12 +111,9 @@ class Mixer(nn.Module):
         self.o_norm = nn.Parameter(torch.ones(Dh, **to))
 
     def forward(self, hidden_states, padding_mask=None, sequence_starts=None, **others):
-        """[B, T, D] -> ([B, T, D], None), as transformers calls a layer's self_attn.
-
-        padding_mask [B, >= T]: True on real tokens. sequence_starts [B or 1, T]: True where another
-        sequence of a packed row begins. others: a cache, whose name depends on the version of
-        transformers, and what softmax attention needs.
-        """
+        """[B, T, D] -> ([B, T, D], None). padding_mask [B, >= T]: True on real tokens;
+        sequence_starts [B or 1, T]: True where another sequence of a packed row begins; others: all
+        that transformers hands to a self_attn, with a cache whose name depends on its version."""
         x, T, heads = hidden_states, hidden_states.shape[1], (self.num_heads, self.head_dim)
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
@@ -126,7 +123,7 @@ class Mixer(nn.Module):
         state = None if cache is None else recurrent_state(cache, self.layer_idx)
         S = state and state.keys
         if state and T == 1 and hasattr(self, "step") and not torch.is_grad_enabled():
-            o, S = self.step(x, q, k, v, gate, S, real)
+            o, S = self.step(x, q, k, v, gate, S, None if real is None else real[:, 0])
         else:
             q, k, v, decay, *more = self.gates(x, q, k, v)
             if sequence_starts is not None:  # S decays before it is read: this empties it
@@ -187,7 +184,6 @@ class GatedDeltaNet(Mixer):
     def step(self, x, q, k, v, gate, S, real):
         """All between the products of one token (T = 1) -> o [B, 1, H, Dh], normed and gated, S."""
         gates = self.a_proj(x), self.b_proj(x), gate, self.A_log, self.dt_bias
-        real = None if real is None else real[:, 0]
         return gated_delta_step(q, k, v, *gates, self.o_norm, 1e-5, S, real)
 
 class GatedLinearAttention(Mixer):
@@ -884,9 +880,9 @@ class Selection:
 
     def __post_init__(self):
         self.layers, self.steps, self.spent = [*mixers(self.student)], self.budget.steps, {}
-        L = len(self.student.model.layers)
-        require(1 <= self.k <= len(self.layers) == L, f"k must be within 1..{L}, of an all-linear "
-                f"student, not {self.k} of one with {len(self.layers)} linear layers")  # fmt: skip
+        L, linear = len(self.student.model.layers), len(self.layers)
+        right = 1 <= self.k <= linear == L
+        require(right, f"select 1..{L} layers of an all-linear student, not {self.k} of {linear}")
         files = self.file.parent.glob(f"{self.file.name}.*.json") if self.file else ()
         found = gather([json.loads(file.read_text()) for file in files])[0]
         self.scores = dict(collections.ChainMap(*found))
@@ -915,10 +911,8 @@ class Selection:
             write(f"{self.file}.{rank_and_world()[0]}.json", json.dumps(self.scores))
 
     @property
-    def tokens(self) -> int:
-        """What candidates trained on, in all."""
-        batch = self.batches(0) if callable(self.batches) else self.batches[0]
-        return sum(self.spent.values()) * batch.numel()
+    def tokens(self) -> int:  # that candidates trained on
+        return sum(self.spent.values()) * self.budget.batch * self.budget.length
 
 def best_first(importance) -> list[int]:
     return sorted(importance, key=importance.get, reverse=True)
