@@ -1132,10 +1132,9 @@ class Corpus:
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part."""
-        def at(step):
-            kinds = self.sample("train", b.batch, b.length, seeded(self.seed, stage, step))
-            return torch.cat([*kinds.values()])
-        return at
+        draw = lambda step: seeded(self.seed, stage, step)
+        kinds = lambda step: self.sample("train", b.batch, b.length, draw(step))
+        return lambda step: torch.cat([*kinds(step).values()])
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
         """{kind: [tokens [<= 16, length], ...]}, `count` sequences in all."""
@@ -1153,22 +1152,20 @@ class Corpus:
         return {"recall": sum(found.values()) / len(found) if found else None, "needles": found}
 
 class EmbeddedCorpus(Corpus):
-    """Half of every batch is text that is on every machine, as bytes: CPython's standard library
-    and the English of pydoc_data.topics, split by file. Half is in-context recall: as many pairs
-    `k v k v ...` of distinct keys and random values as fit, then the keys in another order, each
-    with its value. The selection depends on its data: on text alone another layer wins.
-    """
+    """Half of each batch is text as bytes, the standard library of Python and pydoc_data.topics,
+    split by file; half is recall: as many pairs `k v k v ...` of distinct keys and random values as
+    fit, then the keys in another order, each with its value. On text alone another layer wins."""
     def __init__(self, seed: int):
         import pydoc_data.topics
         library = Path(os.__file__).parent
         files = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
-        skip = ("site-packages", "dist-packages", "test", "pydoc_data", "idlelib", "lib2to3")
-        texts = [file.read_bytes() for file in files if file.parts[len(library.parts)] not in skip]
+        skip = {"site-packages", "dist-packages", "test", "pydoc_data", "idlelib", "lib2to3"}
+        texts = [file.read_bytes() for file in files if file.parent.name not in skip]
         texts += [text.encode() for _, text in sorted(pydoc_data.topics.topics.items())]
-        train = [text for i, text in enumerate(texts) if i % 10 < 8]
         self.seed, self.parts = seed, {}
-        for part, of in ("validation", texts[8::10]), ("test", texts[9::10]), ("train", train):
-            self.parts[part] = np.frombuffer(b"".join(of), np.uint8).astype(np.int64) + 3
+        for part, tenths in ("validation", [8]), ("test", [9]), ("train", range(8)):
+            text = b"".join(text for i, text in enumerate(texts) if i % 10 in tenths)
+            self.parts[part] = np.frombuffer(text, np.uint8).astype(np.int64) + 3
 
     def sample(self, part, count, length, draw, pairs=None):
         """{"text", "recall"}, half of `count` each, `pairs` of keys and values in a row."""
@@ -1209,20 +1206,17 @@ def load_tokens(s, tokenizer):
     return ids
 
 def tokenised(s, files, tokenizer):
-    """Yields ids of local files or of the hub: documents in a seeded order, with the tokenizer's
-    own special tokens, each closed with EOS."""
+    """Yields the ids of text: documents in a seeded order, each closed with EOS."""
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    source, how, eos = (s.data, s.data_config), {}, tokenizer.eos_token_id
-    if files:
-        how["data_files"] = [str(file) for file in files if file.suffix in kinds]
-        source = {kinds[file.suffix] for file in files if file.suffix in kinds}
-        right = len(source) == 1 and not s.data_config
-        require(right, "local data are .txt, .jsonl or .parquet, of one kind, and no --data-config")
-        how |= {"sample_by": "document"} if source == {"text"} else {}
+    local = {str(file): kinds[file.suffix] for file in files if file.suffix in kinds}
+    (kind, *others), how = {*local.values()} or {s.data}, {}
+    require(not others and bool(local) == bool(files), "local data are .txt, .jsonl or .parquet")
+    if local:
+        how = {"data_files": [*local]} | ({"sample_by": "document"} if kind == "text" else {})
     datasets = importlib.import_module("datasets")  # an `import` is demanded of users of a student
-    rows = datasets.load_dataset(*source, split="train", streaming=True, **how)
+    rows = datasets.load_dataset(kind, s.data_config, split="train", streaming=True, **how)
     for some in rows.shuffle(seed=s.seed, buffer_size=10_000).iter(256):
-        found = some.get(s.text_column, [...])
+        found, eos = some.get(s.text_column, [...]), tokenizer.eos_token_id
         right = all(isinstance(text, str | None) for text in found)
         require(right, f"--text-column must be one of {[*some]} that holds text, not messages")
         texts = [text for text in found if text]
@@ -1256,9 +1250,8 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
         numbers = torch.randint(10_000, 100_000, (needles,), generator=draw).tolist()
         hidden = [encode(NEEDLE.format(*pair)) for pair in zip(names, numbers)]
         asked = QUESTION.format(names[0])
-        question = encode(asked)
-        # as it is written behind the question, which may be other tokens than on its own
-        answer = encode(f"{asked} {numbers[0]}")[len(question) :]
+        question, both = encode(asked), encode(f"{asked} {numbers[0]}")
+        answer = both[len(question) :]  # on its own it may be other tokens
         if found and len(answer) != len(found[0][1]):
             continue  # another number: with some tokenizers their lengths differ
         room = length - len(bos) - len(question) - sum(map(len, hidden))
@@ -1273,13 +1266,12 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
 @torch.no_grad()
 def recall_accuracy(model, prompts, answers, batch: int = 32) -> float:
     """The share of prompts [N, P] that the model, written greedily, goes on with answer [N, A]."""
-    right, A = 0, answers.shape[1]
-    greedy = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1)
-    greedy |= dict(repetition_penalty=1.0, pad_token_id=0)
+    A, right = answers.shape[1], []
+    how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1, pad_token_id=0)
     for tokens, answer in zip(prompts.to(model.device).split(batch), answers.split(batch)):
-        written = model.generate(tokens, attention_mask=torch.ones_like(tokens), **greedy)
-        right += int((written[:, -A:].cpu() == answer).all(1).sum())
-    return right / len(prompts)
+        how |= dict(attention_mask=torch.ones_like(tokens), repetition_penalty=1.0)
+        right += (model.generate(tokens, **how)[:, -A:].cpu() == answer).all(1).tolist()
+    return sum(right) / len(right)
 
 @torch.no_grad()
 def running_cost(model, length: int) -> dict:
@@ -1288,7 +1280,7 @@ def running_cost(model, length: int) -> dict:
     output = model.model(input_ids=tokens, use_cache=True)
     cache = next(value for value in output.values() if isinstance(value, Cache))
     states = [[x.S] if hasattr(x, "S") else [x.keys, x.values] for x in cache.layers]
-    return {"cache_bytes": sum(t.nbytes for state in states for t in state)}
+    return {"cache_bytes": sum(t.nbytes for t in itertools.chain(*states))}
 
 # ------------------------------------------------------------------------- the plumbing: settings
 
@@ -1318,14 +1310,13 @@ BUDGETS = {  # of these stages: for the teacher in assets/; below 1B parameters,
     "paper": (Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
               Budget(6 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(10**8, 16384, 8, 1e-5)),
 }  # fmt: skip
-PLACES = ", ".join(["3,7,11", *SELECTORS, *RULES, "published", "published:SCORE", "all-linear"])
+PLACES = ", ".join(["3,7,11", *SELECTORS, *RULES, "published[:SCORE]", "all-linear"])
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; what depends on the teacher is filled in by `resolve`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=(
-        "Stages S, which are align, select, distill and finetune, take --S-tokens, --S-length, "
-        "--S-batch, --S-lr; select and distill --S-rest-lr, of what is not attention. Defaults: "
-        f"{BUDGETS}"))  # fmt: skip
+    epilog = f"Stages S, {STAGES}, take --S-tokens, --S-length, --S-batch, --S-lr; select, distill "
+    epilog += f"--S-rest-lr, too, for what is not attention. Defaults: {BUDGETS}"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
     add, hidden = parser.add_argument, argparse.SUPPRESS
     add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
     add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
@@ -1336,55 +1327,55 @@ def parse(argv=None) -> argparse.Namespace:
     add("--baselines", help="further rows: several of these, or none")
     add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
     add("--budget", choices=BUDGETS, help="defaults of the stages [small; from 1B parameters day]")
-    add("--select-from", type=int, default=0, metavar="TOKENS", help="candidates train on so many, "
-        "then 2, 4, ... times as many, until the K best agree twice [day: 1M]")
+    add("--select-from", type=int, default=0, help="tokens, doubled until the K best agree twice")
     add("--out", default="runs/default", help="the run folder; the same command goes on in it")
     add("--seed", type=int, default=0, help="of data order, new weights, the random rule [0]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
-    add("--micro-batch", type=int, default=0, help="sequences at a time [2^15 or 2^16 tokens]")
+    add("--micro-batch", type=int, default=0, help="sequences at a time [2^15 tokens]")
     add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
     add("--dry-run", action="store_true", help="try every stage: tokens/s, hours, memory")
     for stage, budget in zip(STAGES, BUDGETS["paper"]):
-        for name, value in dataclasses.asdict(budget).items():
-            if value:  # stages 1 and 3 have no rest_lr
+        for name, value in vars(budget).items():
+            if value and name != "steps":  # stages 1 and 3 have no rest_lr
                 option = f"--{stage}-{name}".replace("_", "-")
                 add(option, type=type(value), help=hidden, default=hidden)
     s = parser.parse_args(argv)
-    s.dtype = getattr(torch, s.dtype or ("bfloat16" if "cuda" in s.device else "float32"))
+    s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
     return s
 
 def resolve(s, config, parameters: int) -> None:
     """Fill in what depends on the teacher's config and size, and refuse what cannot work."""
     L, s.large, s.vocab = config.num_hidden_layers, parameters >= 10**9, config.vocab_size
-    numbers = s.held_out - 1, s.seed, s.micro_batch, s.select_from
-    right = 0 <= min(numbers) <= max(numbers) < 2**32
+    right = min(s.held_out - 1, s.seed, s.micro_batch, s.select_from) >= 0 and s.seed < 2**32
     require(right, "--held-out must be at least 1, --seed, --micro-batch, --select-from 0")
-    s.budget, s.budgets = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large], {}
+    s.budget = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large]
+    s.budgets, world = {}, rank_and_world()[1]
     for stage, default in zip(STAGES, BUDGETS[s.budget]):
         values = dataclasses.asdict(default).items()
-        s.budgets[stage] = Budget(*(getattr(s, f"{stage}_{n}", value) for n, value in values))
-    world, select = rank_and_world()[1], s.budgets["select"]
-    right = not any(b.batch % world for b in s.budgets.values())
-    require(right, f"every batch must be a multiple of the {world} processes")
-    s.select_from = s.select_from or (2**20 if s.budget == "day" else select.tokens)
-    s.held_out_tokens = s.held_out * max(select.length, s.budgets["distill"].length)
-    most = 2**15 if s.large else 2**16  # tokens at a time, before memory tells
-    s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
+        b = Budget(*(getattr(s, f"{stage}_{name}", value) for name, value in values))
+        require(b.batch % world == 0, f"--{stage}-batch must be a multiple of {world} processes")
+        s.budgets[stage] = b
+    s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
+    s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
+    # sequences at a time, before memory tells
+    s.at_a_time = {n: s.micro_batch or max(1, 2**15 // b.length) for n, b in s.budgets.items()}
 
     given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
-    k, default = s.softmax_layers, len(given) or (max(1, L // 4) if s.teacher else 1)
-    k = s.softmax_layers = default if k is None else k
+    if s.softmax_layers is None:
+        s.softmax_layers = len(given) or (max(1, L // 4) if s.teacher else 1)
+    k = s.softmax_layers
     require(1 <= k <= L, f"--softmax-layers must be within 1..{L}, not {k}")
     require(len(given) in (0, k), f"--select lists {len(given)} layers, not {k}")
     rows = s.baselines or ("none" if s.large else "all-linear,uniform,centred,random")
     s.names = [name for name in dict.fromkeys([s.select, *rows.split(",")]) if name != "none"]
     s.placed = {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
     for name in {*s.names} - {*SELECTORS, *s.placed}:
-        published = name.partition(":")[0] == "published"
-        require(published or name in RULES, f"--select, --baselines take {PLACES}, not {name!r}")
-        rule = RULES.get(name, lambda *_: published_layers(name, k, s.teacher or ""))
-        s.placed[name] = rule(L, k, s.seed)
+        if name.startswith("published"):
+            s.placed[name] = published_layers(name, k, s.teacher or "")
+        else:
+            require(name in RULES, f"--select and --baselines take {PLACES}, not {name!r}")
+            s.placed[name] = RULES[name](L, k, s.seed)
 
 @contextlib.contextmanager
 def one_sentence(beginning: str):
@@ -1392,7 +1383,7 @@ def one_sentence(beginning: str):
     try:
         yield
     except Exception as error:
-        raise UserError(f"{beginning}: " + str(error).strip().split("\n")[0]) from error
+        raise UserError(f"{beginning}: {' '.join(str(error).split()):.300}") from error
 
 # ---------------------------------------------------------------------------------------- the run
 
@@ -1400,8 +1391,9 @@ EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 
 def load_config(s):
     """(config, number of parameters) of the teacher; UserError says what --teacher is instead."""
-    right = bool(s.teacher) == bool(s.data) and (s.data or not s.data_config)
-    require(right, "--teacher and --data go together, --data-config with them")
+    hub = s.data and not Path(s.data).exists()
+    right = bool(s.teacher) == bool(s.data) and (hub or not s.data_config)
+    require(right, "--teacher and --data go together, --data-config with a dataset of the hub")
     for option, place in (("--teacher", s.teacher), ("--data", s.data)) if s.teacher else ():
         hub_id = re.fullmatch(r"[\w-][^/]*/[^/]+", place) and not Path(place).parent.is_dir()
         right = hub_id or Path(place).exists()  # of anything else the hub is not asked
@@ -1454,7 +1446,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     test = corpus.held_out("test", s.held_out, b["distill"].length)
 
     def train_stage(name, stage, model, *inputs, after=(), **how):
-        model.to("cpu" if s.large and world > 1 else s.device)  # or a sharded copy trains
+        model.to("cpu" if s.large and world > 1 else s.device)  # while a sharded copy trains
         folder = f"{name}-{key(base, *after, b[name])}"
         how |= dict(folder=out / folder, micro_batch=s.at_a_time[name])
         torch.manual_seed(s.seed)
@@ -1488,72 +1480,68 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         torch.manual_seed(s.seed)
         x.spent = {}
         layers = s.placed[name] if name in s.placed else select_layers(x, name, first.steps)
-        chosen[name] = layers[: s.softmax_layers]
-        costs[name] = x.tokens
+        chosen[name], costs[name] = layers[: s.softmax_layers], x.tokens
     place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
     for name, layers in chosen.items():
         model = teacher if name == "teacher" else trained(layers)
         if rank == 0:
             row = {"name": name, "softmax_layers": sorted(layers), **evaluate(model, teach, test)}
             row |= corpus.recall(model) | running_cost(model, b["finetune"].length)
-            rows.append({**row, "cost": costs[name]})
+            rows.append(row | {"cost": costs[name]})
         if rank == 0 and name == s.select:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
     report = {"student": str(place), "chosen": chosen[s.select], "rows": rows}
-    return write_report(s, report | {"scores": x.scores, "stages": stages}) if rank == 0 else {}
+    return report | {"scores": x.scores, "stages": stages}
 
-def write_report(s, found) -> dict:
-    """report.json, and report.md, which is the card of the student, too."""
+def write_report(s, report) -> str:
+    """report.json, and report.md, which is the card of the student, too -> what to say of it."""
     chip = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "CPU"
-    load = f"from_pretrained({found['student']!r}, trust_remote_code=True)"
-    about = {
-        "command": shlex.join(["python", *sys.argv]), "teacher": s.teacher or "embedded",
-        "data": s.data or "embedded", "seed": s.seed, "K": s.softmax_layers, "mixer": s.mixer,
-        "machine": f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}",
-        **s.budgets}  # fmt: skip
-    notes = about | {"licence": "of the teacher", "load": f"AutoModelForCausalLM.{load}"}
+    machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}"
+    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine, **vars(s)}
+    load = f"AutoModelForCausalLM.from_pretrained({report['student']!r}, trust_remote_code=True)"
     hub_id = s.teacher and not Path(s.teacher).exists()  # the hub takes no other base_model
-    text = "---\nlibrary_name: transformers\n" + (f"base_model: {s.teacher}\n" if hub_id else "")
-    text += f"---\n{table(found['rows'])}\nKL (nats), perplexity: test part; cost: tokens that "
-    text += "candidates trained on. Every student had the same stages 2 and 3.\n\n"
-    text += "".join(f"- {name}: {value}\n" for name, value in notes.items())
-    for file in (Path(s.out) / "report.md", Path(found["student"]) / "README.md"):
-        write(file, text)
-    text = json.dumps(about | found, default=dataclasses.asdict, indent=1)
+    base = f"base_model: {s.teacher}\n" if hub_id else ""
+    text = f"""---\nlibrary_name: transformers\n{base}---\n{table(report['rows'])}
+KL (nats), perplexity: test part; cost: tokens that candidates trained on. Every student had the
+same stages 2 and 3, and has its teacher's licence.\n\n- load: {load}\n"""
+    text += "".join(f"- {name}: {value}\n" for name, value in about.items())
+    write(Path(s.out) / "report.md", text)
+    write(Path(report["student"]) / "README.md", text)
+    text = json.dumps(about | report, default=dataclasses.asdict, indent=1)
     write(Path(s.out) / "report.json", text)
-    return found
+    return f"{table(report['rows'])}\nThe student is in {report['student']}: see its README.md."
 
 def table(rows: list[dict]) -> str:
     """A Markdown table of rows with the same keys."""
     kinds = {int: ",", float: ",.4g"}
-    cells = [[f"{x:{kinds.get(type(x), '')}}" for x in row.values()] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (rows[0], ["---"] * len(rows[0]), *cells))
+    lines = [[f"{x:{kinds.get(type(x), '')}}" for x in row.values()] for row in rows]
+    lines = [rows[0], ["---"] * len(rows[0]), *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 def dry_run(s, config) -> str:
     """Three steps of every stage on random weights and tokens -> a table of what a run will take,
     by the last of them: the first ones compile."""
     with torch.device(s.device):
-        teacher = AutoModelForCausalLM.from_config(config).to(s.dtype).eval()
+        teacher = AutoModelForCausalLM.from_config(config).to(getattr(torch, s.dtype)).eval()
     student, teach, rows = transfer_attention(teacher, mixer=s.mixer), TeacherPass(teacher, 0), []
-    scored = config.num_hidden_layers * any(name in SELECTORS for name in s.names)
-    stages = {"align": (1, align_hidden_states, teacher), "select": (scored, distill_logits, teach),
-              "distill": (len(s.names), distill_logits, teach), "finetune": (len(s.names), finetune)}
+    times = dict.fromkeys(STAGES, len(s.names)) | {"align": 1}
+    times["select"] = config.num_hidden_layers * any(name in SELECTORS for name in s.names)
     if s.large:
         student.gradient_checkpointing_enable()
-    for name, (times, stage, *inputs) in stages.items():
-        model, b = student, s.budgets[name]
+    others = {"align": (align_hidden_states, teacher), "finetune": (finetune,)}
+    for name, b in s.budgets.items():
+        (stage, *inputs), model = others.get(name, (distill_logits, teach)), student
         if name != "align":
             student.to("cpu" if s.large else s.device)  # as in a run
             model = restore_attention(student, teacher, range(s.softmax_layers)).to(s.device)
         tokens = torch.randint(s.vocab, (min(b.batch, s.at_a_time[name]), b.length))
         step = stage(model, *inputs, [tokens] * 3, 3)[-1]
-        # a selection that starts with fewer trains on so many, and on twice as many, at the least
-        few = name == "select" and s.select_from < b.tokens
-        total, speed = 3 * s.select_from if few else b.tokens, step["tokens"] / step["seconds"]
-        row = {"stage": name, "tokens": total, "times": times, "tokens/s": round(speed)}
-        row |= {"hours": times * total / speed / 3600}
-        rows.append(row | {"GiB so far": torch.cuda.max_memory_allocated() / 2**30})
+        # a selection that agrees at once trains on select_from and on twice as many
+        total = min(b.tokens, 3 * s.select_from) if name == "select" else b.tokens
+        speed, peak = step["tokens"] / step["seconds"], torch.cuda.max_memory_allocated() / 2**30
+        row = {"stage": name, "tokens": total, "times": times[name], "tokens/s": round(speed)}
+        rows.append(row | {"hours": times[name] * total / speed / 3600, "GiB so far": peak})
     hours = sum(row["hours"] for row in rows)
     return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations."
 
@@ -1562,13 +1550,11 @@ def main(argv=None) -> int:
     for expected in ("torch.distributed is disabled", ".*gradient_checkpointing_enable"):
         warnings.filterwarnings("ignore", message=expected)
     s = parse(argv)
-    if "WORLD_SIZE" in os.environ:  # of torchrun
-        gpus, local = torch.cuda.device_count() * ("cuda" in s.device), os.environ["LOCAL_RANK"]
-        if gpus:
-            torch.cuda.set_device(int(local) % gpus)
-        # NCCL wants a GPU for each process; gloo takes several on one, and CPUs.
-        backend = "gloo" if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus else None
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if "WORLD_SIZE" in os.environ:  # by torchrun: a GPU for each process, or all on the CPU
+        if cuda := s.device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend, timeout = None if cuda else "gloo", datetime.timedelta(days=1)
+        dist.init_process_group(backend, timeout=timeout)
     code, first = 1, rank_and_world()[0] == 0
     try:
         with one_sentence(f"cannot use --device {s.device}"):
@@ -1586,7 +1572,7 @@ def main(argv=None) -> int:
     return code
 
 def convert(s, first: bool) -> str:
-    """A run in its folder, locked meanwhile -> what to say at its end."""
+    """A run and its report, in its folder, locked meanwhile -> what to say at its end."""
     with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):
         lock = filelock.FileLock(Path(s.out) / ".lock", timeout=0)
         lock = lock.acquire() if first else contextlib.nullcontext()
@@ -1597,10 +1583,9 @@ def convert(s, first: bool) -> str:
             ids = load_tokens(s, tokenizer)
             corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
         report = run(s, teacher, tokenizer, corpus)
+        said = write_report(s, report) if first else ""
         gather("the report is written")
-    return report and (
-        f"{table(report['rows'])}\nSoftmax layers, best first: {report['chosen']}. The student is "
-        f"in {report['student']}; {s.out}/report.md says how to load it.")  # fmt: skip
+    return said
 
 if __name__ == "__main__":
     # Not as __main__: a saved student must be able to say which file its class is in.
