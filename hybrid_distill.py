@@ -1360,6 +1360,9 @@ def resolve(s, config, parameters: int) -> None:
     s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
     # sequences at a time, before memory tells
     s.at_a_time = {n: s.micro_batch or max(1, 2**15 // b.length) for n, b in s.budgets.items()}
+    # does a candidate, 16 bytes a weight, with its teacher and activations fit the GPU of each?
+    memory = torch.cuda.mem_get_info()[1] if s.device.startswith("cuda") else math.inf
+    s.shard = world > 1 and 18 * parameters > 0.6 * memory
 
     given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
     if s.softmax_layers is None:
@@ -1428,11 +1431,6 @@ def key_of_all(s, teacher, corpus) -> str:
     code = [source.split("-- the plumbing")[0] for source in files]
     return key(s.seed, s.mixer, s.held_out, model, data, code)
 
-def fits_one_process(student) -> bool:
-    """Does a candidate (16 bytes a weight) with its teacher and activations fit every GPU?"""
-    memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else math.inf
-    return all(gather(18 * student.num_parameters() < 0.6 * memory))
-
 def run(s, teacher, tokenizer, corpus) -> dict:
     """All stages, in the run folder -> the report. A stage is keyed by all that it depends on:
     another K, baseline or later learning rate trains for itself alone. Of the processes of torchrun
@@ -1454,13 +1452,6 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         stages[folder] = sharded(stage, model, *inputs, **how)
         return stages[folder]
 
-    def trained(layers):
-        model, after = restore_attention(student, teacher, layers), (b["align"], sorted(layers))
-        rest_lr = b["distill"].rest_lr
-        train_stage("distill", distill_logits, model, teach, after=after, rest_lr=rest_lr)
-        train_stage("finetune", finetune, model, after=(*after, b["distill"]))
-        return to_teachers_dtype(model).to(s.device)
-
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
     if s.large:
@@ -1474,7 +1465,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     x = Selection(
         student, teach, batches["select"], validation, s.softmax_layers, b["select"], history,
         lambda model: corpus.recall(model, "validation")["recall"] or 0.0, file,
-        s.at_a_time["select"], world > 1 and not fits_one_process(student))  # fmt: skip
+        s.at_a_time["select"], s.shard)  # fmt: skip
     chosen, costs = {"teacher": [*x.layers]}, {"teacher": 0}
     for name in s.names:
         torch.manual_seed(s.seed)
@@ -1483,7 +1474,13 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         chosen[name], costs[name] = layers[: s.softmax_layers], x.tokens
     place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
     for name, layers in chosen.items():
-        model = teacher if name == "teacher" else trained(layers)
+        model = teacher
+        if name != "teacher":
+            model, after = restore_attention(student, teacher, layers), [b["align"], sorted(layers)]
+            how = dict(after=after, rest_lr=b["distill"].rest_lr)
+            train_stage("distill", distill_logits, model, teach, **how)
+            train_stage("finetune", finetune, model, after=[*after, b["distill"]])
+            to_teachers_dtype(model).to(s.device)
         if rank == 0:
             row = {"name": name, "softmax_layers": sorted(layers), **evaluate(model, teach, test)}
             row |= corpus.recall(model) | running_cost(model, b["finetune"].length)
@@ -1561,7 +1558,21 @@ def main(argv=None) -> int:
             torch.empty(1, device=s.device).item()
         config, parameters = load_config(s)
         resolve(s, config, parameters)
-        said = dry_run(s, config) if s.dry_run else convert(s, first)
+        if s.dry_run:
+            said = dry_run(s, config)
+        else:
+            with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):
+                lock = filelock.FileLock(Path(s.out) / ".lock", timeout=0)
+                lock = lock.acquire() if first else contextlib.nullcontext()
+            with lock:
+                teacher, tokenizer = load_teacher(s)
+                corpus = EmbeddedCorpus(s.seed)
+                if s.data:
+                    ids = load_tokens(s, tokenizer)
+                    corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
+                report = run(s, teacher, tokenizer, corpus)
+                said = write_report(s, report) if first else ""
+                gather("the report is written")
         code = 0
     except KeyboardInterrupt:
         code, said = 130, f"\nstopped; the same command goes on from the last save in {s.out}"
@@ -1570,22 +1581,6 @@ def main(argv=None) -> int:
     if first:
         print(said, file=sys.stderr if code else sys.stdout)
     return code
-
-def convert(s, first: bool) -> str:
-    """A run and its report, in its folder, locked meanwhile -> what to say at its end."""
-    with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):
-        lock = filelock.FileLock(Path(s.out) / ".lock", timeout=0)
-        lock = lock.acquire() if first else contextlib.nullcontext()
-    with lock:
-        teacher, tokenizer = load_teacher(s)
-        corpus = EmbeddedCorpus(s.seed)
-        if s.data:
-            ids = load_tokens(s, tokenizer)
-            corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
-        report = run(s, teacher, tokenizer, corpus)
-        said = write_report(s, report) if first else ""
-        gather("the report is written")
-    return said
 
 if __name__ == "__main__":
     # Not as __main__: a saved student must be able to say which file its class is in.

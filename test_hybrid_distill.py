@@ -988,8 +988,7 @@ def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch,
     kept, loaded = weights(load(report["student"])), eval(text.split("load: ")[1].split("\n")[0])
     assert equal(weights(loaded), kept) and report["student"] in capsys.readouterr().out
     assert report["student"] == str(folder / f"run/student-{report['chosen'][0]}")
-    # another rate for the same layers, and back: the folder holds the student of the report, and
-    # neither stage 1 nor the selection trains again
+    # another rate for the same layers, and back: the folder holds the report's student; no more
     for lr, new in ((1e-2, 1), (2e-5, 0)):
         steps.clear()
         ran(folder, *more, "--baselines", "none", "--finetune-lr", lr)
@@ -1171,7 +1170,8 @@ def forked(args, errors, stop, how, fits, torchrun):
     os.environ.update(torchrun)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     torch.set_num_threads(1), setattr(sys, "stderr", open(errors, "a", buffering=1))
-    hd.SECONDS_BETWEEN_SAVES, hd.fits_one_process = -1, lambda student: fits
+    hd.SECONDS_BETWEEN_SAVES, resolve = -1, hd.resolve
+    hd.resolve = lambda s, *of: (resolve(s, *of), setattr(s, "shard", not fits))
     hd.save, hd.write = stopping(hd.save), stopping(hd.write)
     sys.exit(hd.main(args))
 
