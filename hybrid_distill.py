@@ -27,7 +27,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import glob
 import hashlib
 import importlib
 import inspect
@@ -52,8 +51,6 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
@@ -61,7 +58,6 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 try:  # in a saved student this file is a module of a package, with kernels.py beside it
     from .kernels import chunk_gated_delta_rule, chunk_gla, gated_delta_step
@@ -1068,119 +1064,6 @@ def published_layers(score: str, k: int, teacher_name: str) -> list[int]:
     require(known, f"no {k} layers are published for {name!r} by {score}: see {file}")
     return layers[:k]
 
-# ------------------------------------------------------------------------- the plumbing: settings
-
-@dataclasses.dataclass
-class Budget:
-    """What a stage uses: tokens in all, tokens a sequence, sequences a step, learning rates."""
-    tokens: int
-    length: int
-    batch: int
-    lr: float
-    rest_lr: float = 0.0
-
-    def __post_init__(self):
-        right = min(self.tokens, self.batch, self.length - 7) > 0 and 0 < self.lr < math.inf
-        right = right and 0 <= self.rest_lr < math.inf
-        require(right, f"a stage wants tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
-        self.steps = max(1, self.tokens // (self.batch * self.length))
-
-STAGES = "align", "select", "distill", "finetune"
-BUDGETS = {  # of these stages: for the teacher in assets/; below 1B parameters, minutes on a GPU;
-    # from 1B on, a day of one; and of [1], stage 3 of [2]
-    "embedded": (Budget(614_400, 128, 32, 3e-3), Budget(81_920, 128, 32, 1e-3, 1e-4),
-                 Budget(245_760, 128, 32, 1e-3, 1e-4), Budget(81_920, 256, 16, 1e-4)),
-    "small": (Budget(10_000_000, 512, 96, 2e-3), Budget(196_608, 1024, 16, 5e-4, 5e-5),
-              Budget(2_457_600, 1024, 16, 5e-4, 5e-5), Budget(400_000, 4096, 4, 2e-5)),
-    "day": (Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
-            Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(2 * 10**7, 16384, 8, 1e-5)),
-    "paper": (Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
-              Budget(6 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(10**8, 16384, 8, 1e-5)),
-}  # fmt: skip
-
-def parse(argv=None) -> argparse.Namespace:
-    """The command line; what depends on the teacher stays None until `resolve`."""
-    names = ", ".join([*SELECTORS, *RULES, "published, published:SCORE"])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=(
-        "Each stage S of align, select, distill, finetune takes --S-tokens, --S-length, --S-batch, "
-        "--S-lr; select and distill take --S-rest-lr (of what is not attention; 0 freezes it). "
-        f"Defaults: {BUDGETS}"))  # fmt: skip
-    add = parser.add_argument
-    add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
-    add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
-    add("--data-config", help="the configuration of a hub dataset, e.g. sample-10BT")
-    add("--text-column", default="text", help="of a dataset, .jsonl or .parquet [text]")
-    add("--softmax-layers", type=int, metavar="K", help="softmax layers [embedded 1, else L/4]")
-    add("--select", default="ga-s2", help=f"3,7,11 or one of {names} [ga-s2]")
-    add("--baselines", help="further rows: all-linear, any of --select, or none")
-    add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
-    add("--budget", choices=BUDGETS, help="defaults of the stages [small; from 1B parameters day]")
-    add("--select-from", type=int, metavar="TOKENS", help="train candidates for so many tokens, "
-        "then 2, 4, ... times as many, until the K best agree twice [1M with --budget day]")
-    add("--out", default="runs/default", help="the run folder; the same command goes on in it")
-    add("--seed", type=int, default=0, help="of data order, new weights, the random rule [0]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
-    add("--micro-batch", type=int, help="sequences at a time [2^15 or 2^16 tokens, if they fit]")
-    add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
-    add("--dry-run", action="store_true", help="try every stage: tokens/s, hours, memory")
-    hidden = dict(help=argparse.SUPPRESS, default=argparse.SUPPRESS)
-    for stage, budget in zip(STAGES, BUDGETS["paper"]):
-        for name, value in dataclasses.asdict(budget).items():
-            if value:  # stages 1 and 3 have no rest_lr
-                add(f"--{stage}-{name.replace('_', '-')}", type=type(value), **hidden)
-    return parser.parse_args(argv)
-
-def resolve(s, config, parameters: int) -> None:
-    """Fill in what depends on the teacher's config and size, and refuse what cannot work."""
-    L, s.large, s.vocab = config.num_hidden_layers, parameters >= 10**9, config.vocab_size
-    for name, least in (("select_from", 1), ("micro_batch", 1), ("seed", 0), ("held_out", 1)):
-        value = getattr(s, name)
-        right = value is None or least <= value < 2**32
-        require(right, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    s.budget, s.budgets = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large], {}
-    for stage, default in zip(STAGES, BUDGETS[s.budget]):
-        values = dataclasses.asdict(default).items()
-        s.budgets[stage] = Budget(*(getattr(s, f"{stage}_{n}", value) for n, value in values))
-        world, sentence = rank_and_world()[1], f"--{stage}-batch must be a multiple of processes"
-        require(s.budgets[stage].batch % world == 0, f"{sentence} that share it, {world}")
-    s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
-    s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
-    if s.baselines is None:
-        s.baselines = "none" if s.large else "all-linear,uniform,centred,random"
-    s.select, rows = s.select.replace(" ", ""), s.baselines.replace(" ", "").split(",")
-    given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
-    k, default = s.softmax_layers, len(given) or (max(1, L // 4) if s.teacher else 1)
-    require(not given or k in (None, len(given)), f"--select lists {len(given)} layers, not {k}")
-    k = s.softmax_layers = default if k is None else k
-    require(1 <= k <= L, f"--softmax-layers must be within 1..{L}, not {k}")
-    known = ", ".join(["3,7,11", *SELECTORS, *RULES, "published", "all-linear"])
-    s.names = [s.select, *dict.fromkeys(name for name in rows if name not in ("none", s.select))]
-    s.placed = {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
-    for name in {*s.names} - {*SELECTORS, *s.placed}:
-        right = name in RULES or name.partition(":")[0] == "published"
-        require(right, f"--select and --baselines take {known}, not {name!r}")
-        published = [] if name in RULES else published_layers(name, k, s.teacher or "")
-        s.placed[name] = published or RULES[name](L, k, s.seed)
-
-# what loaders raise for files that are missing, broken, too new or of another kind
-UNREADABLE = (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, AssertionError,
-              ImportError, SafetensorError, StrictDataclassError)  # fmt: skip
-
-@contextlib.contextmanager
-def one_sentence(beginning: str):
-    """What a library's loader raises, as one sentence."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise UserError(f"{beginning}: " + str(error).strip().split("\n")[0]) from error
-
-def check_place(option: str, name: str) -> None:
-    """UserError for what is neither there nor like a hub id, OWNER/NAME: the hub is not asked."""
-    owner, _, rest = name.partition("/")
-    hub_id = rest and "/" not in rest and owner.strip(".~") and not Path(owner).is_dir()
-    require(hub_id or Path(name).exists(), f"{option} {name}: there is no such file or folder")
-
 # ------------------------------------------------------------------------------------------- data
 
 def seeded(*name) -> torch.Generator:
@@ -1188,11 +1071,8 @@ def seeded(*name) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 def byte_tokenizer():
-    """<pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3; it needs no files."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
-    vocabulary |= {character: b + 3 for b, character in bytes_to_unicode().items()}
-    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token=None)
-    return transformers.GPT2Tokenizer(vocab=vocabulary, merges=[], **special)
+    """The embedded teacher's: <pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3."""
+    return AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
 
 class Corpus:
     """A stream of token ids [N]: first the validation part, then the test part, then train."""
@@ -1201,7 +1081,6 @@ class Corpus:
         parts = np.split(ids, (held_out, 2 * held_out))
         self.parts = dict(zip(("validation", "test", "train"), parts))
         self.seed, self.tokenizer = seed, tokenizer
-        self.identity = [held_out, hashlib.sha1(np.ascontiguousarray(ids)).hexdigest()]
 
     def sample(self, part: str, count: int, length: int, draw) -> dict[str, torch.Tensor]:
         """{"text": tokens [count, length]}, so many different pieces of a part."""
@@ -1213,10 +1092,9 @@ class Corpus:
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part."""
-        def at(step):
-            kinds = self.sample("train", b.batch, b.length, seeded(self.seed, stage, step))
-            return torch.cat([*kinds.values()])
-        return at
+        draw = lambda step: seeded(self.seed, stage, step)
+        kinds = lambda step: self.sample("train", b.batch, b.length, draw(step))
+        return lambda step: torch.cat([*kinds(step).values()])
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
         """{kind: [tokens [<= 16, length], ...]}, `count` sequences in all."""
@@ -1231,28 +1109,23 @@ class Corpus:
                 draw = seeded(self.seed, part, length, needles)
                 prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
                 found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
-        mean = sum(found.values()) / len(found) if found else None  # too little text to hide in
-        return {"recall": mean, "needles": found}
+        return {"recall": sum(found.values()) / len(found) if found else None, "needles": found}
 
 class EmbeddedCorpus(Corpus):
-    """Text that is on every machine, as bytes, and in-context recall: half of every batch each.
-
-    Text: CPython's standard library and the English of pydoc_data.topics, split by file. Recall: as
-    many pairs `k v k v ...` of distinct keys and random values as fit, then the keys in another
-    order, each with its value. The selection depends on its data: on text alone another layer wins.
-    """
+    """Half of each batch is text as bytes, the standard library of Python and pydoc_data.topics,
+    split by file; half is recall: as many pairs `k v k v ...` of distinct keys and random values as
+    fit, then the keys in another order, each with its value. On text alone another layer wins."""
     def __init__(self, seed: int):
         import pydoc_data.topics
         library = Path(os.__file__).parent
-        skip = ("site-packages", "dist-packages", "test", "pydoc_data", "idlelib", "lib2to3")
         files = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
-        texts = [file.read_bytes() for file in files if file.parts[len(library.parts)] not in skip]
+        skip = {"site-packages", "dist-packages", "test", "pydoc_data", "idlelib", "lib2to3"}
+        texts = [file.read_bytes() for file in files if file.parent.name not in skip]
         texts += [text.encode() for _, text in sorted(pydoc_data.topics.topics.items())]
-        train = b"".join(text for i, text in enumerate(texts) if i % 10 < 8)
-        joined = b"".join(texts[8::10]), b"".join(texts[9::10]), train
-        ids = [np.frombuffer(part, np.uint8).astype(np.int64) + 3 for part in joined]
-        super().__init__(np.concatenate(ids), 0, seed)
-        self.parts = dict(zip(("validation", "test", "train"), ids))
+        self.seed, self.parts = seed, {}
+        for part, tenths in ("validation", [8]), ("test", [9]), ("train", range(8)):
+            text = b"".join(text for i, text in enumerate(texts) if i % 10 in tenths)
+            self.parts[part] = np.frombuffer(text, np.uint8).astype(np.int64) + 3
 
     def sample(self, part, count, length, draw, pairs=None):
         """{"text", "recall"}, half of `count` each, `pairs` of keys and values in a row."""
@@ -1272,55 +1145,41 @@ class EmbeddedCorpus(Corpus):
         return {"recall": recall_accuracy(model, *prompts)}
 
 def load_tokens(s, tokenizer):
-    """--data as ids [N]: a .npy as it is; text tokenised once and packed, in `out`/tokens-KEY.npy.
-
-    Documents in a seeded order, with the tokenizer's own special tokens, each closed with EOS; as
-    many as the largest stage and the held-out parts take.
-    """
-    check_place("--data", s.data)
+    """--data as ids [N]: a .npy as it is; of text, tokenised once, what the stages take."""
     file = path = Path(s.data)
-    if path.suffix != ".npy":
-        count = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out_tokens
-        files = [f for f in (path, *sorted(path.rglob("*"))) if f.is_file()]
-        stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-        asked = [s.data, s.data_config, s.text_column, s.seed, count, stats, repr(tokenizer), rules]
-        file = Path(s.out) / f"tokens-{key(asked)}.npy"
-        if not file.exists() and rank_and_world()[0] == 0:
-            with one_sentence(f"cannot read --data {s.data}"):
+    with one_sentence(f"cannot use --data {s.data}"):
+        if path.suffix != ".npy":
+            count = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out_tokens
+            files = [f for f in (path, *sorted(path.rglob("*"))) if f.is_file()]
+            stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+            read = key(s.data, s.data_config, s.text_column, s.seed, count, stats, rules)
+            file = Path(s.out) / f"tokens-{read}.npy"
+            if not file.exists() and rank_and_world()[0] == 0:
                 ids = itertools.islice(tokenised(s, files, tokenizer), count)
-                ids = np.fromiter(tqdm(ids, "tokenise", count, unit_scale=True), np.uint32)
-                require(len(ids), "it holds no text")
-                require(ids.max() < s.vocab, f"the tokenizer gives a token {ids.max()}, and the "
-                        f"teacher has {s.vocab} embeddings: they are no pair")  # fmt: skip
-            write(file, ids)
-        gather("tokenised")
-    with one_sentence(f"cannot load --data {s.data}"):
+                write(file, np.fromiter(tqdm(ids, "tokenise", count, unit_scale=True), np.uint32))
+            gather("tokenised")
         ids = np.load(file, mmap_mode="r")
-        row = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
-        right = row and 0 <= ids.min() <= ids.max() < s.vocab
-        require(right, f"it must hold a row of token ids, integers below {s.vocab}")
+        right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
+        right = right and 0 <= ids.min() <= ids.max() < s.vocab
+        require(right, f"it must give a row of token ids, integers below {s.vocab}, the teacher's")
     return ids
 
 def tokenised(s, files, tokenizer):
-    """Yields the ids of --data, whose local files are `files`, each document closed with EOS."""
+    """Yields the ids of text: documents in a seeded order, each closed with EOS."""
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    local = {str(file): kinds[file.suffix] for file in files if file.suffix in kinds}
+    (kind, *others), how = {*local.values()} or {s.data}, {}
+    require(not others and bool(local) == bool(files), "local data are .txt, .jsonl or .parquet")
+    if local:
+        how = {"data_files": [*local]} | ({"sample_by": "document"} if kind == "text" else {})
     datasets = importlib.import_module("datasets")  # an `import` is demanded of users of a student
-    source, how = (s.data, s.data_config), {}
-    if files:
-        require(not s.data_config, "--data-config is for a dataset of the hub, not for local files")
-        source = sorted({kinds[file.suffix] for file in files if file.suffix in kinds})
-        require(len(source) == 1, f"it must hold text, json or parquet files alone, not {source}")
-        require(any(file.stat().st_size for file in files), "it is empty")
-        how["data_files"] = [glob.escape(str(file)) for file in files if file.suffix in kinds]
-        how |= {"sample_by": "document"} if source == ["text"] else {}
-    rows = datasets.load_dataset(*source, split="train", streaming=True, **how)
-    eos, column = tokenizer.eos_token_id, s.text_column
+    rows = datasets.load_dataset(kind, s.data_config, split="train", streaming=True, **how)
     for some in rows.shuffle(seed=s.seed, buffer_size=10_000).iter(256):
-        require(column in some, f"it has no column {column!r}: --text-column is one of {[*some]}")
-        texts = [text for text in some[column] if text]
-        right = all(isinstance(text, str) for text in texts)
-        require(right, f"{column!r} must hold text: render messages by a chat template first")
+        found, eos = some.get(s.text_column, [...]), tokenizer.eos_token_id
+        right = all(isinstance(text, str | None) for text in found)
+        require(right, f"--text-column must be one of {[*some]} that holds text, not messages")
+        texts = [text for text in found if text]
         for ids in tokenizer(texts)["input_ids"] if texts else ():
             yield from ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
@@ -1344,17 +1203,16 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
     places, each a number of five digits for a name, and a question for one; answers [count, A]."""
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     bos = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
-    words, prompts, answers = WORDS.split(), [], []
-    while len(prompts) < count:
+    words, found = WORDS.split(), []
+    while len(found) < count:
         drawn = torch.randperm(256, generator=draw)[:needles].tolist()
         names = [f"{words[i // 16]}-{words[i % 16]}" for i in drawn]
         numbers = torch.randint(10_000, 100_000, (needles,), generator=draw).tolist()
         hidden = [encode(NEEDLE.format(*pair)) for pair in zip(names, numbers)]
         asked = QUESTION.format(names[0])
-        question = encode(asked)
-        # as it is written behind the question, which may be other tokens than on its own
-        answer = encode(f"{asked} {numbers[0]}")[len(question) :]
-        if answers and len(answer) != len(answers[0]):
+        question, both = encode(asked), encode(f"{asked} {numbers[0]}")
+        answer = both[len(question) :]  # on its own it may be other tokens
+        if found and len(answer) != len(found[0][1]):
             continue  # another number: with some tokenizers their lengths differ
         room = length - len(bos) - len(question) - sum(map(len, hidden))
         start = int(torch.randint(len(filler) - room, (1,), generator=draw))
@@ -1362,295 +1220,327 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
         places = torch.randint(room + 1, (needles,), generator=draw).tolist()
         for place, sentence in sorted(zip(places, hidden), reverse=True):
             text[place:place] = sentence
-        prompts.append(bos + text + question)
-        answers.append(answer)
-    return torch.tensor(prompts), torch.tensor(answers)
+        found.append((bos + text + question, answer))
+    return tuple(map(torch.tensor, zip(*found)))
 
 @torch.no_grad()
 def recall_accuracy(model, prompts, answers, batch: int = 32) -> float:
     """The share of prompts [N, P] that the model, written greedily, goes on with answer [N, A]."""
-    right, A = 0, answers.shape[1]
-    greedy = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1)
-    greedy |= dict(repetition_penalty=1.0, pad_token_id=0)
-    for tokens, answer in zip(prompts.split(batch), answers.split(batch)):
-        tokens = tokens.to(model.device)
-        written = model.generate(tokens, attention_mask=torch.ones_like(tokens), **greedy)
-        right += int((written[:, -A:].cpu() == answer).all(1).sum())
-    return right / len(prompts)
+    A, right = answers.shape[1], []
+    how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1, pad_token_id=0)
+    for tokens, answer in zip(prompts.to(model.device).split(batch), answers.split(batch)):
+        how |= dict(attention_mask=torch.ones_like(tokens), repetition_penalty=1.0)
+        right += (model.generate(tokens, **how)[:, -A:].cpu() == answer).all(1).tolist()
+    return sum(right) / len(right)
 
 @torch.no_grad()
 def running_cost(model, length: int) -> dict:
-    """Of one sequence of so many tokens: bytes of its cache and, on a GPU, tokens/s behind it."""
+    """Bytes of the cache of one sequence of so many tokens."""
     tokens = torch.ones(1, length, dtype=torch.long, device=model.device)
     output = model.model(input_ids=tokens, use_cache=True)
     cache = next(value for value in output.values() if isinstance(value, Cache))
     states = [[x.keys, x.values] for x in cache.layers]
-    found, seconds = {"cache_bytes": sum(t.nbytes for state in states for t in state)}, {}
-    for new in (1, 33, 1, 33, 1, 33) if model.device.type == "cuda" else ():  # the least of three
-        start, how = time.monotonic(), dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        model.generate(tokens, attention_mask=tokens, pad_token_id=0, **how).tolist()
-        seconds[new] = min(seconds.get(new, math.inf), time.monotonic() - start)
-    return found | ({"decoded_per_second": 32 / (seconds[33] - seconds[1])} if seconds else {})
+    return {"cache_bytes": sum(t.nbytes for t in itertools.chain(*states))}
+
+# ------------------------------------------------------------------------- the plumbing: settings
+
+@dataclasses.dataclass
+class Budget:
+    """What a stage uses: tokens in all, tokens a sequence, sequences a step, learning rates."""
+    tokens: int
+    length: int
+    batch: int
+    lr: float
+    rest_lr: float = 0.0
+
+    def __post_init__(self):
+        right = min(self.tokens, self.batch, self.length - 7, self.lr) > 0 <= self.rest_lr
+        require(right, f"a stage wants tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
+        self.steps = max(1, self.tokens // (self.batch * self.length))
+
+STAGES = "align", "select", "distill", "finetune"
+BUDGETS = {  # of these stages: for the teacher in assets/; below 1B parameters, minutes on a GPU;
+    # from 1B on, a day of one; and of [1], stage 3 of [2]
+    "embedded": (Budget(614_400, 128, 32, 3e-3), Budget(81_920, 128, 32, 1e-3, 1e-4),
+                 Budget(245_760, 128, 32, 1e-3, 1e-4), Budget(81_920, 256, 16, 1e-4)),
+    "small": (Budget(10_000_000, 512, 96, 2e-3), Budget(196_608, 1024, 16, 5e-4, 5e-5),
+              Budget(2_457_600, 1024, 16, 5e-4, 5e-5), Budget(400_000, 4096, 4, 2e-5)),
+    "day": (Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
+            Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(2 * 10**7, 16384, 8, 1e-5)),
+    "paper": (Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
+              Budget(6 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(10**8, 16384, 8, 1e-5)),
+}  # fmt: skip
+PLACES = ", ".join(["3,7,11", *SELECTORS, *RULES, "published[:SCORE]", "all-linear"])
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line; what depends on the teacher is filled in by `resolve`."""
+    epilog = f"Stages S, {STAGES}, take --S-tokens, --S-length, --S-batch, --S-lr; select, distill "
+    epilog += f"--S-rest-lr, too, for what is not attention. Defaults: {BUDGETS}"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
+    add, hidden = parser.add_argument, argparse.SUPPRESS
+    add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
+    add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
+    add("--data-config", help="of a hub dataset, e.g. sample-10BT")
+    add("--text-column", default="text", help="of a dataset, .jsonl or .parquet [text]")
+    add("--softmax-layers", type=int, metavar="K", help="how many stay [embedded 1, else L/4]")
+    add("--select", default="ga-s2", help=f"which stay: {PLACES} [ga-s2]")
+    add("--baselines", help="further rows: several of these, or none")
+    add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
+    add("--budget", choices=BUDGETS, help="defaults of the stages [small; from 1B parameters day]")
+    add("--select-from", type=int, default=0, help="tokens, doubled until the K best agree twice")
+    add("--out", default="runs/default", help="the run folder; the same command goes on in it")
+    add("--seed", type=int, default=0, help="of data order, new weights, the random rule [0]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
+    add("--micro-batch", type=int, default=0, help="sequences at a time [2^15 tokens]")
+    add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
+    add("--dry-run", action="store_true", help="try every stage: tokens/s, hours, memory")
+    for stage, budget in zip(STAGES, BUDGETS["paper"]):
+        for name, value in vars(budget).items():
+            if value and name != "steps":  # stages 1 and 3 have no rest_lr
+                option = f"--{stage}-{name}".replace("_", "-")
+                add(option, type=type(value), help=hidden, default=hidden)
+    s = parser.parse_args(argv)
+    s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
+    return s
+
+def resolve(s, config, parameters: int) -> None:
+    """Fill in what depends on the teacher's config and size, and refuse what cannot work."""
+    L, s.large, s.vocab = config.num_hidden_layers, parameters >= 10**9, config.vocab_size
+    right = min(s.held_out - 1, s.seed, s.micro_batch, s.select_from) >= 0 and s.seed < 2**32
+    require(right, "--held-out must be at least 1, --seed, --micro-batch, --select-from 0")
+    s.budget = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large]
+    s.budgets, world = {}, rank_and_world()[1]
+    for stage, default in zip(STAGES, BUDGETS[s.budget]):
+        values = dataclasses.asdict(default).items()
+        b = Budget(*(getattr(s, f"{stage}_{name}", value) for name, value in values))
+        require(b.batch % world == 0, f"--{stage}-batch must be a multiple of {world} processes")
+        s.budgets[stage] = b
+    s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
+    s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
+    # sequences at a time, before memory tells
+    s.at_a_time = {n: s.micro_batch or max(1, 2**15 // b.length) for n, b in s.budgets.items()}
+    # does a candidate, 16 bytes a weight, with its teacher and activations fit the GPU of each?
+    memory = torch.cuda.mem_get_info()[1] if s.device.startswith("cuda") else math.inf
+    s.shard = world > 1 and 18 * parameters > 0.6 * memory
+
+    given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
+    if s.softmax_layers is None:
+        s.softmax_layers = len(given) or (max(1, L // 4) if s.teacher else 1)
+    k = s.softmax_layers
+    require(1 <= k <= L, f"--softmax-layers must be within 1..{L}, not {k}")
+    require(len(given) in (0, k), f"--select lists {len(given)} layers, not {k}")
+    rows = s.baselines or ("none" if s.large else "all-linear,uniform,centred,random")
+    s.names = [name for name in dict.fromkeys([s.select, *rows.split(",")]) if name != "none"]
+    s.placed = {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
+    for name in {*s.names} - {*SELECTORS, *s.placed}:
+        if name.startswith("published"):
+            s.placed[name] = published_layers(name, k, s.teacher or "")
+        else:
+            require(name in RULES, f"--select and --baselines take {PLACES}, not {name!r}")
+            s.placed[name] = RULES[name](L, k, s.seed)
+
+@contextlib.contextmanager
+def one_sentence(beginning: str):
+    """What a library's loader raises, whatever it is, as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{beginning}: {' '.join(str(error).split()):.300}") from error
 
 # ---------------------------------------------------------------------------------------- the run
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 
-def key(parts) -> str:
-    """Eight letters for all that a result depends on."""
-    text = json.dumps(parts, default=dataclasses.asdict)
-    return hashlib.sha1(text.encode()).hexdigest()[:8]
-
 def load_config(s):
     """(config, number of parameters) of the teacher; UserError says what --teacher is instead."""
-    require(bool(s.teacher) == bool(s.data), "--teacher and --data go together or not at all")
-    require(s.teacher or not (s.data_config or s.dtype), "--data-config, --dtype need a --teacher")
-    if s.teacher:
-        check_place("--teacher", s.teacher)
-    known = [base.config_class.model_type for base in HYBRIDS]
-    with one_sentence(f"cannot use --teacher {s.teacher}"):
+    hub = s.data and not Path(s.data).exists()
+    right = bool(s.teacher) == bool(s.data) and (hub or not s.data_config)
+    require(right, "--teacher and --data go together, --data-config with a dataset of the hub")
+    for option, place in (("--teacher", s.teacher), ("--data", s.data)) if s.teacher else ():
+        hub_id = re.fullmatch(r"[\w-][^/]*/[^/]+", place) and not Path(place).parent.is_dir()
+        right = hub_id or Path(place).exists()  # of anything else the hub is not asked
+        require(right, f"{option} {place}: there is no such file or folder")
+    with one_sentence(f"cannot use --teacher {s.teacher}"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(s.teacher or EMBEDDED_TEACHER)
-        kind = config.model_type
+        kind, known = config.model_type, [base.config_class.model_type for base in HYBRIDS]
         require(kind in known, f"it is a {kind!r} model; supported are {', '.join(known)}")
-        with torch.device("meta"):
-            return config, AutoModelForCausalLM.from_config(config).num_parameters()
-
-def teacher_dtype(s) -> torch.dtype:
-    return getattr(torch, s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32"))
+        return config, AutoModelForCausalLM.from_config(config).num_parameters()
 
 def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
-    place = s.teacher or EMBEDDED_TEACHER
+    place, how = s.teacher or EMBEDDED_TEACHER, dict(dtype=s.dtype, output_loading_info=True)
     with one_sentence(f"cannot use the tokenizer of --teacher {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place)
     with one_sentence(f"cannot use the weights of --teacher {place}"):
-        how = dict(dtype=teacher_dtype(s), output_loading_info=True)
         teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
         wrong = [*info["missing_keys"], *info["mismatched_keys"]]
         require(not wrong, f"it lacks {len(wrong)} of its weights, such as {wrong[:1]}")
     return teacher.to(s.device).eval(), tokenizer
 
-def run(s, teacher, tokenizer, corpus) -> dict:
-    """All stages, then report.json, report.md and student-LAYERS/ in the run folder -> the report.
+def key(*parts) -> str:
+    """Eight letters for all that a result depends on."""
+    return hashlib.sha1(repr(parts).encode()).hexdigest()[:8]
 
-    A stage is keyed by data, losses, mixer and the settings up to it: another K, baseline or later
-    learning rate pays for itself alone. Of the processes of torchrun the first one evaluates and
-    writes.
-    """
-    out, b, first, teach = Path(s.out), s.budgets, rank_and_world()[0] == 0, TeacherPass(teacher)
-    code = [of for of in MIXERS[s.mixer].__mro__ if issubclass(of, Mixer)]
-    code += [Norm, alignment_loss, kl_rows, cross_entropy_rows, mean_of_rows, ChunkedLoss, train,
-             back_propagate, parameter_groups, cosine, align_hidden_states, distill_logits,
-             finetune, Corpus, EmbeddedCorpus, sys.modules[chunk_gla.__module__]]  # fmt: skip
+def key_of_all(s, teacher, corpus) -> str:
+    """Of teacher, data and the source of the method: an edit above the plumbing trains anew."""
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
-    config = {n: str(value) for n, value in teacher.config.to_dict().items() if "_" != n[0]}
-    config.pop("transformers_version", None)
-    base = [s.seed, s.mixer, str(teacher.dtype), config, corpus.identity, s.held_out, weights]
-    base += map(inspect.getsource, code)
+    model = teacher.config.to_json_string(), teacher.dtype, weights
+    data = [hashlib.sha1(np.ascontiguousarray(ids)).digest() for ids in corpus.parts.values()]
+    files = [inspect.getsource(sys.modules[of.__module__]) for of in (Mixer, chunk_gla)]
+    code = [source.split("-- the plumbing")[0] for source in files]
+    return key(s.seed, s.mixer, s.held_out, model, data, code)
+
+def run(s, teacher, tokenizer, corpus) -> dict:
+    """All stages, in the run folder -> the report. A stage is keyed by all that it depends on:
+    another K, baseline or later learning rate trains for itself alone. Of the processes of torchrun
+    the first one evaluates and writes."""
+    out, b, teach, stages, rows = Path(s.out), s.budgets, TeacherPass(teacher), {}, []
+    (rank, world), base = rank_and_world(), key_of_all(s, teacher, corpus)
     batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
     for name in b:
         batches[name](0)  # data too short for a stage are told before anything trains
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
-    at_once = {name: at_a_time(s, budget) for name, budget in b.items()}
-    chosen, costs, folders, rows = {}, {}, [], []
-    chip = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "CPU"
 
-    def folder_of(name, after):
-        folders.append(out / f"{name}-{key([base, *after, b[name]])}")
-        return folders[-1]
-
-    def train_stage(name, stage, *models, folder, **rates):
+    def train_stage(name, stage, model, *inputs, after=(), **how):
+        model.to("cpu" if s.large and world > 1 else s.device)  # while a sharded copy trains
+        folder = f"{name}-{key(base, *after, b[name])}"
+        how |= dict(folder=out / folder, micro_batch=s.at_a_time[name])
         torch.manual_seed(s.seed)
-        how = dict(folder=folder, micro_batch=at_once[name], **rates)
-        return sharded(stage, *models, batches[name], b[name].steps, b[name].lr, **how)
+        inputs = *inputs, batches[name], b[name].steps, b[name].lr
+        stages[folder] = sharded(stage, model, *inputs, **how)
+        return stages[folder]
 
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
-    several = rank_and_world()[1] > 1
     if s.large:
-        recompute_activations(student)
-        student.to("cpu" if several else s.device)  # a copy of it is sharded
-    history = train_stage("align", align_hidden_states, student, teacher,
-                          folder=folder_of("align", []), final_lr=b["align"].lr / 100)  # fmt: skip
+        student.gradient_checkpointing_enable()
+    final_lr = b["align"].lr / 100
+    history = train_stage("align", align_hidden_states, student, teacher, final_lr=final_lr)
     if s.large:
         student.cpu()  # it is copied for every candidate, and the GPU is theirs
-    select = b["select"]
-    file = out / f"select-{key([base, b['align'], *dataclasses.astuple(select)[1:]])}"
-    too_large = several and not fits_one_process(student)
+    first = dataclasses.replace(b["select"], tokens=s.select_from)
+    file = out / f"select-{key(base, b['align'], dataclasses.replace(first, tokens=1))}"
+    x = Selection(
+        student, teach, batches["select"], validation, s.softmax_layers, b["select"], history,
+        lambda model: corpus.recall(model, "validation")["recall"] or 0.0, file,
+        s.at_a_time["select"], s.shard)  # fmt: skip
+    chosen, costs = {"teacher": [*x.layers]}, {"teacher": 0}
     for name in s.names:
         torch.manual_seed(s.seed)
-        x = Selection(
-            student, teach, batches["select"], validation, s.softmax_layers, select, history,
-            lambda model: corpus.recall(model, "validation")["recall"] or 0.0, file,
-            at_once["select"], too_large)  # fmt: skip
-        steps = max(1, s.select_from // (select.batch * select.length))
-        layers = s.placed[name] if name in s.placed else select_layers(x, name, steps)
+        x.spent = {}
+        layers = s.placed[name] if name in s.placed else select_layers(x, name, first.steps)
         chosen[name], costs[name] = layers[: s.softmax_layers], x.tokens
-
     place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
-    for name, layers in [("teacher", range(len(teacher.model.layers))), *chosen.items()]:
-        layers, after = sorted(layers), [b["align"], sorted(layers)]
-        row_of = [base, *after, b["distill"], b["finetune"], name == "teacher", chip]
+    for name, layers in chosen.items():
+        model = teacher
         if name != "teacher":
-            saves = folder_of("distill", after), folder_of("finetune", [*after, b["distill"]])
-        file = out / f"row-{key(row_of)}.json"
-        # of this very row: another rate, seed or teacher may have left a student of these layers
-        saved = name != s.select or (place / file.name).exists()
-        if not gather(file.exists() and saved)[0]:
-            model = teacher
-            if name != "teacher":
-                model, rest_lr = restore_attention(student, teacher, layers), b["distill"].rest_lr
-                model = model if several and s.large else model.to(s.device)
-                how = dict(folder=saves[0], rest_lr=rest_lr)
-                train_stage("distill", distill_logits, model, teach, **how)
-                train_stage("finetune", finetune, model, folder=saves[1])
-                to_teachers_dtype(model).to(s.device)
-            if first:
-                row = {"softmax_layers": layers} | evaluate(model, teach, test)
-                row |= corpus.recall(model) | running_cost(model, b["finetune"].length)
-                if name == s.select:
-                    for old in place.glob("row-*.json"):
-                        old.unlink()
-                    model.save_pretrained(place)
-                    tokenizer.save_pretrained(place)
-                    write(place / file.name, json.dumps(row))
-                write(file, json.dumps(row))
-            gather("the row is written")
-        rows.append({"name": name, **json.loads(file.read_text()), "cost": costs.get(name, 0)})
-    report = {
-        "command": shlex.join(["python", *sys.argv]), "teacher": s.teacher or "embedded",
-        "data": s.data or "embedded", "seed": s.seed, "K": s.softmax_layers, "mixer": s.mixer,
-        "student": str(place),
-        "machine": f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}",
-        **{stage: dataclasses.asdict(budget) for stage, budget in b.items()}}  # fmt: skip
-    about = "".join(f"- {name}: {cell(value)}\n" for name, value in report.items())
-    report |= {"chosen": chosen[s.select], "rows": rows, "scores": x.scores}
-    if first:
-        files = {folder.name: folder / "metrics.jsonl" for folder in folders}
-        report["stages"] = {name: [*map(json.loads, file.read_text().splitlines())]
-                            for name, file in files.items() if file.exists()}  # fmt: skip
-        write(out / "report.json", json.dumps(report, indent=1))
-        where = f"from_pretrained({str(place)!r}, trust_remote_code=True)"
-        code = ("from transformers import AutoModelForCausalLM, AutoTokenizer\nmodel = "
-                f"AutoModelForCausalLM.{where}\ntokenizer = AutoTokenizer.{where}")  # fmt: skip
-        write(out / "report.md", f"{table(rows)}\nKL (nats), perplexity: test part; cost: tokens "
-              "that candidates trained on. Every student had the same stages 2 and 3.\n\n"
-              f"{about}\n```python\n{code}\n```\n")  # fmt: skip
-    return report
+            model, after = restore_attention(student, teacher, layers), [b["align"], sorted(layers)]
+            how = dict(after=after, rest_lr=b["distill"].rest_lr)
+            train_stage("distill", distill_logits, model, teach, **how)
+            train_stage("finetune", finetune, model, after=[*after, b["distill"]])
+            to_teachers_dtype(model).to(s.device)
+        if rank == 0:
+            row = {"name": name, "softmax_layers": sorted(layers), **evaluate(model, teach, test)}
+            row |= corpus.recall(model) | running_cost(model, b["finetune"].length)
+            rows.append(row | {"cost": costs[name]})
+        if rank == 0 and name == s.select:
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+    report = {"student": str(place), "chosen": chosen[s.select], "rows": rows}
+    return report | {"scores": x.scores, "stages": stages}
 
-def at_a_time(s, budget) -> int:
-    """Sequences of a micro-batch, before memory tells."""
-    return s.micro_batch or max(1, (2**15 if s.large else 2**16) // budget.length)
-
-def fits_one_process(student) -> bool:
-    """Does a candidate, with teacher and activations beside it, fit the GPU of every process?"""
-    gpu = torch.cuda.is_available()
-    memory = torch.cuda.get_device_properties(0).total_memory if gpu else math.inf
-    fits = 18 * student.num_parameters() < 0.6 * memory  # weight, gradient, moments; the teacher
-    return all(gather(fits))
-
-def recompute_activations(model) -> None:
-    """Gradient checkpointing of every decoder layer in training (renamed within transformers 5)."""
-    new = hasattr(model, "activation_checkpointing_enable")
-    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)()
-
-def cell(value) -> str:
-    """A value in a table: every kind in its own form."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {cell(v)}" for name, v in value.items()) or "-"
-    if isinstance(value, list):
-        return " ".join(map(cell, value)) or "-"
-    if isinstance(value, (int, float)):
-        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
-    return "-" if value is None else value
+def write_report(s, report) -> str:
+    """report.json, and report.md, which is the card of the student, too -> what to say of it."""
+    chip = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "CPU"
+    machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}"
+    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine, **vars(s)}
+    load = f"AutoModelForCausalLM.from_pretrained({report['student']!r}, trust_remote_code=True)"
+    hub_id = s.teacher and not Path(s.teacher).exists()  # the hub takes no other base_model
+    base = f"base_model: {s.teacher}\n" if hub_id else ""
+    text = f"""---\nlibrary_name: transformers\n{base}---\n{table(report['rows'])}
+KL (nats), perplexity: test part; cost: tokens that candidates trained on. Every student had the
+same stages 2 and 3, and has its teacher's licence.\n\n- load: {load}\n"""
+    text += "".join(f"- {name}: {value}\n" for name, value in about.items())
+    write(Path(s.out) / "report.md", text)
+    write(Path(report["student"]) / "README.md", text)
+    text = json.dumps(about | report, default=dataclasses.asdict, indent=1)
+    write(Path(s.out) / "report.json", text)
+    return f"{table(report['rows'])}\nThe student is in {report['student']}: see its README.md."
 
 def table(rows: list[dict]) -> str:
     """A Markdown table of rows with the same keys."""
-    lines = [rows[0], ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
+    kinds = {int: ",", float: ",.4g"}
+    lines = [[f"{x:{kinds.get(type(x), '')}}" for x in row.values()] for row in rows]
+    lines = [rows[0], ["---"] * len(rows[0]), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 def dry_run(s, config) -> str:
     """Three steps of every stage on random weights and tokens -> a table of what a run will take,
     by the last of them: the first ones compile."""
     with torch.device(s.device):
-        teacher = AutoModelForCausalLM.from_config(config).to(teacher_dtype(s)).eval()
-    student, rows, gpu = transfer_attention(teacher, mixer=s.mixer), [], s.device.startswith("cuda")
-    others = dict(align=(align_hidden_states, teacher), finetune=(finetune,))
-    scored = config.num_hidden_layers * any(name in SELECTORS for name in s.names)
-    times = dict.fromkeys(STAGES, len(s.names)) | {"align": 1, "select": scored}
+        teacher = AutoModelForCausalLM.from_config(config).to(getattr(torch, s.dtype)).eval()
+    student, teach, rows = transfer_attention(teacher, mixer=s.mixer), TeacherPass(teacher, 0), []
+    times = dict.fromkeys(STAGES, len(s.names)) | {"align": 1}
+    times["select"] = config.num_hidden_layers * any(name in SELECTORS for name in s.names)
     if s.large:
-        recompute_activations(student)
+        student.gradient_checkpointing_enable()
+    others = {"align": (align_hidden_states, teacher), "finetune": (finetune,)}
     for name, b in s.budgets.items():
-        stage, *models = others.get(name, (distill_logits, TeacherPass(teacher, room=0)))
-        model = student
+        (stage, *inputs), model = others.get(name, (distill_logits, teach)), student
         if name != "align":
+            student.to("cpu" if s.large else s.device)  # as in a run
             model = restore_attention(student, teacher, range(s.softmax_layers)).to(s.device)
-        count = min(b.batch, at_a_time(s, b))
-        batches = [torch.randint(s.vocab, (count, b.length)) for _ in range(3)]
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        row = stage(model, *models, batches, 3, micro_batch=count)[-1]
-        if name == "align" and s.large:
-            student.cpu()  # as in a run
-        tokens, speed = b.tokens, row["tokens"] / row["seconds"]
-        if name == "select" and s.select_from < tokens:  # so many, and twice as many, at the least
-            tokens = 3 * s.select_from
-        row = {"stage": name, "tokens": tokens, "times": times[name], "tokens/s": round(speed)}
-        row |= {"hours": times[name] * tokens / speed / 3600}
-        rows.append(row | {"GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else None})
+        tokens = torch.randint(s.vocab, (min(b.batch, s.at_a_time[name]), b.length))
+        step = stage(model, *inputs, [tokens] * 3, 3)[-1]
+        # a selection that agrees at once trains on select_from and on twice as many
+        total = min(b.tokens, 3 * s.select_from) if name == "select" else b.tokens
+        speed, peak = step["tokens"] / step["seconds"], torch.cuda.max_memory_allocated() / 2**30
+        row = {"stage": name, "tokens": total, "times": times[name], "tokens/s": round(speed)}
+        rows.append(row | {"hours": times[name] * total / speed / 3600, "GiB so far": peak})
     hours = sum(row["hours"] for row in rows)
-    return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations.\n"
-
-def join_torchrun(s) -> None:
-    """Join the other processes, if torchrun started this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        gpus = torch.cuda.device_count() if s.device.startswith("cuda") else 0
-        if gpus:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-        # NCCL wants a GPU for each process; gloo takes several on one, and CPUs.
-        backend = "gloo" if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus else None
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations."
 
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp in one process
+    for expected in ("torch.distributed is disabled", ".*gradient_checkpointing_enable"):
+        warnings.filterwarnings("ignore", message=expected)
     s = parse(argv)
-    join_torchrun(s)
-    first, out = rank_and_world()[0] == 0, Path(s.out)
+    if "WORLD_SIZE" in os.environ:  # by torchrun: a GPU for each process, or all on the CPU
+        if cuda := s.device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend, timeout = None if cuda else "gloo", datetime.timedelta(days=1)
+        dist.init_process_group(backend, timeout=timeout)
+    code, first = 1, rank_and_world()[0] == 0
     try:
         with one_sentence(f"cannot use --device {s.device}"):
             torch.empty(1, device=s.device).item()
         config, parameters = load_config(s)
         resolve(s, config, parameters)
         if s.dry_run:
-            plan = dry_run(s, config)
-            print(plan if first else "", end="")
-            return 0
-        with one_sentence(f"cannot write in --out {s.out}"):
-            out.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out / ".lock", timeout=0) if first else contextlib.nullcontext():
-            teacher, tokenizer = load_teacher(s)
-            if s.teacher:
-                corpus = Corpus(load_tokens(s, tokenizer), s.held_out_tokens, s.seed, tokenizer)
-            else:
+            said = dry_run(s, config)
+        else:
+            with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):
+                lock = filelock.FileLock(Path(s.out) / ".lock", timeout=0)
+                lock = lock.acquire() if first else contextlib.nullcontext()
+            with lock:
+                teacher, tokenizer = load_teacher(s)
                 corpus = EmbeddedCorpus(s.seed)
-            report = run(s, teacher, tokenizer, corpus)
-            gather("the report is written")
-        if first:
-            print(f"{table(report['rows'])}\nSoftmax layers, best first: {report['chosen']}. The "
-                  f"student is in {report['student']}; {out}/report.md says how to load it.")
-        return 0
+                if s.data:
+                    ids = load_tokens(s, tokenizer)
+                    corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
+                report = run(s, teacher, tokenizer, corpus)
+                said = write_report(s, report) if first else ""
+                gather("the report is written")
+        code = 0
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from the last save in {s.out}", file=sys.stderr)
-        return 130
-    except filelock.Timeout:
-        error = f"{s.out} is in use by another process: give another --out"
-    except (UserError, FloatingPointError) as what:
-        error = what
+        code, said = 130, f"\nstopped; the same command goes on from the last save in {s.out}"
+    except (UserError, FloatingPointError) as error:
+        said = f"error: {error}"
     if first:
-        print(f"error: {error}", file=sys.stderr)
-    return 1
+        print(said, file=sys.stderr if code else sys.stdout)
+    return code
 
 if __name__ == "__main__":
     # Not as __main__: a saved student must be able to say which file its class is in.

@@ -18,10 +18,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from hybrid_distill import EmbeddedCorpus, byte_tokenizer, cross_entropy_loss, seeded
+from hybrid_distill import EmbeddedCorpus, cross_entropy_loss, seeded
 
 SEED, STEPS = 0, 220
 CONFIG = LlamaConfig(
@@ -89,6 +90,13 @@ def train(teacher, corpus):
             optimizer.zero_grad()
         if step % 20 == 0 or step + 1 == STEPS:
             print(f"step {step + 1}: text {found[0]:.3f}, recall {found[1]:.3f}")
+
+def byte_tokenizer():
+    """<pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3."""
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    vocabulary |= {character: b + 3 for b, character in bytes_to_unicode().items()}
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token=None)
+    return GPT2Tokenizer(vocab=vocabulary, merges=[], **special)
 
 @torch.no_grad()
 def report(teacher, corpus):
