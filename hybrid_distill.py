@@ -374,23 +374,21 @@ def alignment_loss(y_student, y_teacher):
     return (y_teacher.float() - y_student.float()).norm(dim=-1).mean() * D**-0.5
 
 def compiled(function):
-    """On a GPU the function runs through torch.compile, in 2 passes over its tensors, not 20;
-    elsewhere, and where the compiler fails, which is said once, as it is."""
-    fast = []  # the compiled function, made when first needed, or None
+    """On a GPU by torch.compile: 2 passes over its tensors, not 20. Where that fails, as it is."""
+    fast = functools.cache(lambda: torch.compile(function, dynamic=False))
 
     @functools.wraps(function)
     def call(*tensors):
-        if not tensors[0].is_cuda or fast == [None]:
-            return function(*tensors)
-        try:
-            fast[:] = fast or [torch.compile(function, dynamic=False)]
-            return fast[0](*tensors)
-        except torch.OutOfMemoryError:  # says nothing about the compiler
-            raise
-        except Exception as error:  # whatever a compiler or a driver throws
-            fast[:] = [None]
-            warnings.warn(f"{function.__name__} runs uncompiled: {error!r:.200}")
-            return function(*tensors)
+        nonlocal fast
+        if fast and tensors[0].is_cuda:
+            try:
+                return fast()(*tensors)
+            except torch.OutOfMemoryError:  # says nothing about the compiler
+                raise
+            except Exception as error:  # whatever a compiler or a driver throws
+                fast = None
+                warnings.warn(f"{function.__name__} runs uncompiled: {error!r:.200}")
+        return function(*tensors)
     return call
 
 @compiled
@@ -416,98 +414,71 @@ def cross_entropy_rows(logits, labels, weight):
 def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=None, chunk=1024):
     """KL(teacher || student) of the next-token distributions, mean over tokens, in nats.
 
-    student_hidden [..., D_s], teacher_hidden [..., D_t]; heads [V, D_s] and [V, D_t], or the
-    nn.Linear without bias that holds one; mask [...], the weight of each token, default 1.
-    p = softmax(head h), temperature 1. Products are made in the dtype of the hidden states, sums in
-    fp32, which the loss is in (fp64 for fp64). Gradients reach student_hidden and student_head. At
-    most `chunk` rows of logits exist at a time, forward and backward. ValueError for shapes that do
-    not fit. To copy it out take kl_rows, compiled, ChunkedLoss and mean_of_rows along.
+    student_hidden [..., D_s], teacher_hidden [..., D_t]; heads [V, D_s], [V, D_t]; mask [...], the
+    weight of each token, default 1. Products are made in the dtype of the hidden states, sums and
+    the loss in fp32 (fp64 for fp64). Gradients reach the student. At most `chunk` rows of logits
+    exist at a time, forward and backward. ValueError for shapes that do not fit.
     """
-    if getattr(teacher_head, "bias", None) is not None:
-        raise ValueError("a head with a bias is not supported")
-    sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    shapes = [(*h.shape[:-1], len(getattr(W, "weight", W))) for h, W in sides]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"student and teacher must share tokens and a vocabulary, not {shapes}")
-    h, W = (x.detach() for x in (teacher_hidden, getattr(teacher_head, "weight", teacher_head)))
-    h, W = h.flatten(0, -2), W.to(h.dtype)
-    rows = lambda logits, part, weight: kl_rows(logits, F.linear(h[part], W), weight)
-    return mean_of_rows(rows, student_hidden, student_head, mask, chunk)
+    if len(student_head) != len(teacher_head):
+        raise ValueError("student and teacher must share a vocabulary")
+    W = teacher_head.detach().to(teacher_hidden.dtype)
+    rows = lambda logits, hidden, weight: kl_rows(logits, F.linear(hidden, W), weight)
+    return mean_of_rows(rows, student_hidden, student_head, teacher_hidden.detach(), mask, chunk)
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
-    """-log p(label), mean over tokens, in nats. labels [...], -100 where a token does not count;
-    the rest as in `kl_loss`, to copy it out too, with cross_entropy_rows in place of kl_rows."""
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must be {list(hidden.shape[:-1])}, not {list(labels.shape)}")
-    counted = labels != -100
-    label = labels.flatten().clamp(min=0)
-    rows = lambda logits, part, weight: cross_entropy_rows(logits, label[part], weight)
-    return mean_of_rows(rows, hidden, head, counted if mask is None else mask * counted, chunk)
+    """-log p(label), as `kl_loss` in all else. labels [...], -100 where a token does not count."""
+    counted = labels != -100 if mask is None else mask * (labels != -100)
+    return mean_of_rows(cross_entropy_rows, hidden, head, labels.clamp(min=0), counted, chunk)
 
-def mean_of_rows(rows, hidden, head, mask, chunk):
-    """Mean of a loss over tokens, weighted by mask [...]: 0 for a mask without a token.
-    rows(logits, which tokens, their weights) -> weighted losses, their gradients by the logits."""
-    if getattr(head, "bias", None) is not None:
-        raise ValueError("a head with a bias is not supported")
-    head, work = getattr(head, "weight", head), torch.promote_types(hidden.dtype, torch.float32)
+def mean_of_rows(rows, hidden, head, target, mask, chunk):
+    """Mean over tokens, weighted by mask [...], of the loss that rows(logits [N, V], target [N, .],
+    weights [N]) gives with its gradient by the logits; 0 for a mask without a token."""
     mask = hidden.new_ones(hidden.shape[:-1]) if mask is None else mask
-    if mask.shape != hidden.shape[:-1]:
-        raise ValueError(f"the mask must be {list(hidden.shape[:-1])}, not {list(mask.shape)}")
-    mask = mask.flatten().to(hidden.device, work)
-    weights = mask / mask.sum().clamp(min=torch.finfo(work).tiny)
+    shapes = hidden.shape[:-1], target.shape[: hidden.ndim - 1], mask.shape
+    if len(set(shapes)) > 1:
+        raise ValueError(f"hidden states, targets and mask must be of the same tokens: {shapes}")
+    mask = mask.flatten().to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))
+    weights = mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)
+    # 1 / tokens would be lost in a 16-bit gradient: a power of two, which rounds nothing, is last
+    largest = weights.max().clamp(min=1e-30).log2().ceil().exp2()
     head = head if torch.is_grad_enabled() else head.detach()
-    return ChunkedLoss.apply(hidden.flatten(0, -2), head, weights, rows, chunk)
+    tokens = hidden.flatten(0, -2), head, target.flatten(0, hidden.ndim - 2), weights / largest
+    return largest * ChunkedLoss.apply(*tokens, rows, chunk)
 
 class ChunkedLoss(torch.autograd.Function):
-    """sum_t w_t loss(head h_t), with the logits of at most `chunk` tokens at a time.
-
-    The gradient of such a loss by its logits is known together with the loss, so one visit to each
-    chunk gives both: the forward keeps d/dh [tokens, D] and d/dhead [V, D], not the logits, and
-    the backward scales them.
+    """The sum of rows(head h, target, weights), which gives gradients with the losses: so one visit
+    to a chunk of tokens is enough, and d/dh and d/dhead are kept for the backward, not the logits.
     """
     @staticmethod
-    def forward(ctx, hidden, head, weights, rows, chunk):
-        tokens, W = len(hidden), head.to(hidden.dtype)
+    def forward(ctx, hidden, head, target, weights, rows, chunk):
+        tokens, W, total = len(hidden), head.to(hidden.dtype), weights.new_zeros(())
         # equal chunks, if up to twice as many give them: another shape would be compiled anew
         least = -(-tokens // chunk)
-        size = -(-tokens // next((n for n in range(least, 2 * least) if tokens % n == 0), least))
-        # the largest weight, as a power of two that rounds nothing, comes last: 1 / tokens would be
-        # lost in a 16-bit gradient
-        largest = weights.max().clamp(min=1e-30).log2().ceil().exp2()
-        weights, total = weights / largest, weights.new_zeros(())
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        count = next((n for n in range(least, 2 * least) if tokens % n == 0), least)
+        d_hidden = torch.empty_like(hidden)
         d_head = torch.zeros_like(head, dtype=weights.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, tokens, size):
-            part = slice(start, start + size)
-            loss, d_logits = rows(F.linear(hidden[part], W), part, weights[part])
+        for h, t, w, d_h in zip(*(x.chunk(count) for x in (hidden, target, weights, d_hidden))):
+            loss, d_logits = rows(F.linear(h, W), t, w)
             total += loss.sum()
-            if d_hidden is not None:
-                d_hidden[part] = F.linear(d_logits, W.t())
+            if ctx.needs_input_grad[0]:
+                d_h.copy_(d_logits @ W)
             if d_head is not None:
-                d_head += F.linear(d_logits.t(), hidden[part].t())
-        ctx.save_for_backward(d_hidden, d_head, largest)
-        ctx.head_dtype = head.dtype
-        return total * largest
+                d_head += d_logits.t() @ h
+        ctx.save_for_backward(d_hidden, d_head)
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_total):
-        d_hidden, d_head, largest = ctx.saved_tensors
-        if d_head is not None:  # into the dtype of the head without a copy in fp32
-            grad = torch.empty_like(d_head, dtype=ctx.head_dtype)
-            d_head = torch.mul(d_head, d_total * largest, out=grad)
-        d_hidden = None if d_hidden is None else d_hidden * (d_total * largest)
-        return d_hidden, d_head, None, None, None
+        d_hidden, d_head = (d if d is None else d * d_total for d in ctx.saved_tensors)
+        return d_hidden, d_head, None, None, None, None
 
 # ------------------------------------------------------------- stage 0: attention weight transfer
 
 def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
-    """Stage 0: a copy of `teacher` with linear attention in all layers but `softmax_layers`.
-
-    teacher: a transformers Llama, Mistral, Qwen2 or Qwen3 causal LM, whole in memory; not changed.
-    softmax_layers: indices in [0, L). mixer: a name in MIXERS. The student's weights are fp32.
-    UserError for any other architecture, state of its weights, index or name.
-    """
+    """Stage 0: an fp32 copy of a transformers Llama, Mistral, Qwen2 or Qwen3 causal LM with linear
+    attention, a kind in MIXERS, in all layers but softmax_layers, indices in [0, L). UserError for
+    another architecture, weights that are not plain, index or name."""
     check_teacher(teacher)
     require(mixer in MIXERS, f"the mixer must be one of {', '.join(MIXERS)}, not {mixer!r}")
     student = copy.deepcopy(teacher)
@@ -519,15 +490,14 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
     return student.float().requires_grad_(True)  # a teacher may be frozen
 
 def restore_attention(student, teacher, softmax_layers):
-    """A copy of the all-linear `student`, on its device, with the teacher's attention in
-    `softmax_layers`."""
+    """A copy of the all-linear student, where it is, with the teacher's attention in some layers."""
     require(not student.config.softmax_layers, "attention is restored in all-linear students alone")
     hybrid = copy.deepcopy(student)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
         attention = copy.deepcopy(teacher.model.layers[i].self_attn).requires_grad_(True)
-        hybrid.model.layers[i].self_attn = attention.float().to(student.device)
         attention.config = hybrid.config
+        hybrid.model.layers[i].self_attn = attention.to(student.device, torch.float32)
     return hybrid
 
 def to_teachers_dtype(student):
@@ -539,23 +509,20 @@ def to_teachers_dtype(student):
 
 def check_teacher(teacher) -> None:
     """UserError unless it is a supported model with the plain weights of its class, in memory."""
-    kind, known = type(teacher).__name__, ", ".join(base.__name__ for base in HYBRIDS)
-    require(type(teacher) in HYBRIDS, f"the teacher must be one of {known}, not {kind}")
+    kind, known = type(teacher), [base.__name__ for base in HYBRIDS]
+    require(kind in HYBRIDS, f"the teacher must be one of {', '.join(known)}, not {kind.__name__}")
     require(teacher.dtype != torch.float16, "a float16 teacher wants loss scaling: use bfloat16")
     with torch.device("meta"):
-        stock = type(teacher)(copy.deepcopy(teacher.config)).state_dict()
-    found = teacher.state_dict(keep_vars=True)
-    for name in sorted(stock.keys() | found.keys()):
-        p = found.get(name)
-        plain = name in stock and type(p) is nn.Parameter and p.shape == stock[name].shape
-        require(plain, f"the teacher's weights are not those of a {kind}, see {name}: merge "
-                "adapters and load it without quantisation")  # fmt: skip
-        require(not p.is_meta, f"the teacher's {name} is offloaded: load it without device_map")
+        stock = kind(copy.deepcopy(teacher.config))
+    ours, theirs = ({n: p.shape for n, p in x.state_dict().items()} for x in (teacher, stock))
+    plain = all(type(p) is nn.Parameter and not p.is_meta for p in teacher.parameters())
+    require(plain and ours == theirs, f"the teacher's weights are not those of a {kind.__name__}: "
+            "merge adapters, load it without quantisation and device_map")  # fmt: skip
 
 def check_layers(softmax_layers, L: int) -> list[int]:
     """The layers, sorted; UserError if one is outside [0, L) or named twice."""
-    layers = sorted(operator.index(i) for i in softmax_layers)  # also of numpy or torch
-    right = all(0 <= i < L for i in layers) and len(set(layers)) == len(layers)
+    layers = sorted(map(operator.index, softmax_layers))  # also of numpy or torch
+    right = layers == sorted({*layers} & {*range(L)})
     require(right, f"softmax layers must be distinct and within 0..{L - 1}, not {layers}")
     return layers
 
@@ -571,67 +538,56 @@ def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=N
     batches: token batches [B, T], a list or a function of the step. schedule(step, steps) is a
     factor on the learning rates. micro_batch: sequences at a time, halved when GPU memory runs out.
     folder: where the stage is saved, each minute and at its end, and goes on from; or None.
-    Raises FloatingPointError before a step whose loss or gradient is not finite.
+    Raises FloatingPointError before a step whose gradient is not finite.
     """
     trained = [p for group in groups for p in group["params"]]
     require(trained, "every parameter of this model is frozen: nothing can be trained")
+    others = {p for p in model.parameters() if p.requires_grad} - set(trained)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=trained[0].is_cuda)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    name = Path(folder).name if folder else ""
-    with only_trained(model, trained):
+    peaks, name = [group["lr"] for group in groups], Path(folder or "").name
+    try:
+        model.train()
+        for p in others:
+            p.requires_grad_(False)
         history = load(folder, model, optimizer, steps) if folder else []
-        start, clock = len(history), time.monotonic()
-        if history:  # as given, or as halved before the stop
-            micro_batch = min(micro_batch or math.inf, history[-1]["micro_batch"])
-        saved, hide = clock, not name or start == steps or rank_and_world()[0] > 0
+        start, saved = len(history), time.monotonic()
+        hide = not name or start == steps or rank_and_world()[0] > 0
         for step in tqdm(range(start, steps), name, steps, initial=start, disable=hide):
+            clock = time.monotonic()
             # 1. learning rates
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * (schedule(step, steps) if schedule else 1.0)
             # 2. the gradient of the batch, clipped to norm 1
             tokens = batches(step) if callable(batches) else batches[step]
             row, micro_batch = back_propagate(losses, tokens, micro_batch, trained)
-            row["loss"] = sum(row.values()) / len(row)
-            row["gradient_norm"] = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
-            if bad := [what for what, value in row.items() if not math.isfinite(value)]:
-                raise FloatingPointError(f"{name}: {bad[0]} became {row[bad[0]]} at step {step + 1}"
-                                         f" of {steps}: lower its learning rate")  # fmt: skip
+            norm = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"{name}: the gradient became {norm} at step {step + 1} of "
+                                         f"{steps}: lower its learning rate")  # fmt: skip
             # 3. the step, its row, a save when a minute has passed
             optimizer.step()
             optimizer.zero_grad()
-            row |= {"step": step + 1, "lr": max(group["lr"] for group in optimizer.param_groups)}
-            row |= {"tokens": tokens.numel(), "micro_batch": micro_batch}
-            history.append({**row, "seconds": time.monotonic() - clock})
-            clock = time.monotonic()
-            due = clock - saved > SECONDS_BETWEEN_SAVES
-            if folder and step + 1 < steps and of_first(due, trained):
+            row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm, "step": step + 1}
+            row |= {"lr": max(group["lr"] for group in groups), "micro_batch": micro_batch}
+            row |= {"tokens": tokens.numel(), "seconds": time.monotonic() - clock}
+            history.append(row)
+            due = time.monotonic() - saved > SECONDS_BETWEEN_SAVES
+            if folder and step + 1 < steps and gather(due)[0]:  # processes must save together
                 save(folder, model, history, optimizer)
-                saved = clock = time.monotonic()
+                saved = time.monotonic()
         if folder and start < steps:
             save(folder, model, history)
-    return history
-
-@contextlib.contextmanager
-def only_trained(model, trained):
-    """Within it the model is in training and nothing but `trained` takes a gradient."""
-    ids = set(map(id, trained))
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    try:
-        for p in others:
-            p.requires_grad_(False)
-        yield model.train()
     finally:
         for p in others:
             p.requires_grad_(True)
         model.eval().zero_grad()
+    return history
 
 def back_propagate(losses, tokens, micro_batch, trained):
     """Gradients of a batch, micro_batch sequences at a time -> ({name: loss}, micro_batch).
-
-    Processes that share a sharded model take an equal part of the batch each. When GPU memory runs
-    out it starts again with half as many sequences at a time, and says so.
-    """
-    rank, world = rank_and_world() if is_sharded(trained) else (0, 1)
+    Processes that share a sharded model take an equal part each. When GPU memory runs out it starts
+    again with half as many at a time."""
+    rank, world = rank_and_world() if isinstance(trained[0], DTensor) else (0, 1)
     require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
     mine, sums = tokens.chunk(world)[rank], collections.Counter()
     if trained[0].is_cuda and not mine.is_cuda:
@@ -646,17 +602,16 @@ def back_propagate(losses, tokens, micro_batch, trained):
     except torch.OutOfMemoryError:
         if micro_batch == 1 or world > 1:  # the others are within this batch
             raise
-        sums = None
-    if sums is None:  # what the failed try held can be freed only after the `except`
-        loss, half = None, (micro_batch + 1) // 2
-        for p in trained:
-            p.grad = None
-        torch.cuda.empty_cache()
-        print(f"out of GPU memory: {half} sequences at a time from here on", file=sys.stderr)
-        return back_propagate(losses, tokens, half, trained)
-    for loss in sums.values() if world > 1 else ():
-        dist.all_reduce(loss)
-    return {name: float(loss) for name, loss in sums.items()}, micro_batch
+    else:
+        for total in sums.values() if world > 1 else ():
+            dist.all_reduce(total)
+        return {name: float(total) for name, total in sums.items()}, micro_batch
+    loss, half = None, (micro_batch + 1) // 2  # the failed try is freed only after the `except`
+    for p in trained:
+        p.grad = None
+    torch.cuda.empty_cache()
+    print(f"out of GPU memory: {half} sequences at a time from here on", file=sys.stderr)
+    return back_propagate(losses, tokens, half, trained)
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
     """Optimizer groups: attention, softmax and linear, at `lr`, the rest at `rest_lr` (0: frozen).
@@ -669,9 +624,9 @@ def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
             groups.setdefault((rate, 0.01 if p.ndim >= 2 else 0.0), []).append(p)
     return [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
 
-def cosine(step: int, steps: int, warmup: int, floor: float) -> float:
-    """A schedule: linear warm-up over `warmup` steps, then a cosine from 1 to `floor`."""
-    if step < warmup:
+def cosine(step: int, steps: int, floor: float) -> float:
+    """A schedule: linear warm-up, 50 steps or a tenth of all, then a cosine from 1 to `floor`."""
+    if step < (warmup := min(50, steps // 10)):
         return (step + 1) / warmup
     progress = (step - warmup) / (steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -690,28 +645,25 @@ def state_of(model, optimizer=None) -> dict:
     return state
 
 def save(folder, model, history, optimizer=None) -> None:
-    """Of processes that share a sharded model each writes its part, the first one all else."""
-    new, alone = Path(folder) / f"step-{len(history)}", not is_sharded(model.parameters())
-    if first := alone or rank_and_world()[0] == 0:
-        new.parent.mkdir(parents=True, exist_ok=True)
+    """Of several processes each writes its part of the weights, the first one all else."""
+    new, (rank, world) = Path(folder) / f"step-{len(history)}", rank_and_world()
+    if rank == 0:
+        new.mkdir(parents=True, exist_ok=True)
         write(new.parent / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-        shutil.rmtree(new, ignore_errors=True)
-    of_first("the folder is empty", model.parameters())
-    dcp.save(state_of(model, optimizer), checkpoint_id=new, no_dist=alone)
-    for old in set(new.parent.glob("step-*")) - {new} if first else ():
+    dcp.save(state_of(model, optimizer), checkpoint_id=new, no_dist=world == 1)
+    for old in set(new.parent.glob("step-*")) - {new} if rank == 0 else ():
         shutil.rmtree(old)
 
 def load(folder, model, optimizer, steps: int) -> list[dict]:
     """Put the newest complete save into model and optimizer; returns the history up to it."""
     # A save is complete when .metadata is there: it is written, fsynced and renamed last.
     saves = [int(file.parent.name[5:]) for file in Path(folder).glob("step-*/.metadata")]
-    step = of_first(max(saves, default=0), model.parameters())
+    step = gather(max(saves, default=0))[0]
     if step == 0:
         return []
     state = state_of(model, optimizer if step < steps else None)
     dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}", no_dist=True)  # in place
-    if "random" in state:
-        torch.set_rng_state(state["random"])
+    torch.set_rng_state(state.get("random", torch.get_rng_state()))
     rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row) for row in rows[:step]]
 
@@ -735,13 +687,6 @@ def gather(value) -> list:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-def is_sharded(parameters) -> bool:
-    return any(isinstance(p, DTensor) for p in parameters)
-
-def of_first(value, parameters):
-    """What the first of the processes that share these parameters says: all must decide alike."""
-    return gather(value)[0] if is_sharded(parameters) else value
 
 def whole(tensor):
     """A sharded tensor put together, its gradient summed on the way back; any other as it is."""
@@ -779,30 +724,30 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
         loss = mean over layers of alignment_loss(mixer_l(x_l), attn_l(x_l))
         x_l from the *teacher's* forward pass: its output, not the mixer's, feeds the next layer
 
-    So one teacher pass serves all layers, and nothing of the student but its mixers runs or trains.
-    Trains in place; returns the history, a loss a layer ("layer 3"). Cosine from lr to final_lr,
-    after a warm-up of 50 steps (at most a tenth of all). how: micro_batch, folder, as in `train`.
+    Trains the mixers in place, by one teacher pass a batch; returns the history, a loss a layer
+    ("layer 3"). lr falls to final_lr, see `cosine`. how: micro_batch, folder, as in `train`.
     """
-    training = nn.ModuleDict({str(i): mixer for i, mixer in mixers(student).items()})
-    require(len(training), "this student has no linear layer to align")
+    ours = mixers(student)
+    require(ours, "this student has no linear layer to align")
 
     def losses(tokens):
-        seen = {}  # {layer: (x_l, y_l)}, [B, T, D] each, of one teacher pass
+        seen = {}  # {layer: (x_l, y_l)}, [B, T, D] each
 
         def remember(i, inputs, y):
             seen[i] = inputs["hidden_states"], y
             return y
 
-        with torch.no_grad(), replaced(teacher, mixers(student), remember):
+        with torch.no_grad(), replaced(teacher, ours, remember):
             last_hidden(teacher, tokens)
-        for i, mixer in mixers(student).items():
+        for i in ours:
             x, y = seen.pop(i)
             with autocast(student):
-                y_student, _ = mixer(x)
-            yield f"layer {i}", alignment_loss(y_student, y), 1 / len(training)
+                y_student, _ = ours[i](x)
+            yield f"layer {i}", alignment_loss(y_student, y), 1 / len(ours)
 
-    groups = parameter_groups(nn.ModuleDict({"self_attn": training}), lr, 0)
-    schedule = functools.partial(cosine, warmup=min(50, steps // 10), floor=final_lr / lr)
+    training = nn.ModuleDict({"self_attn": nn.ModuleList(ours.values())})
+    schedule = functools.partial(cosine, floor=final_lr / lr)
+    groups = parameter_groups(training, lr, 0)
     return train(training, groups, losses, batches, steps, schedule=schedule, **how)
 
 @contextlib.contextmanager
@@ -819,11 +764,9 @@ def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
 # ------------------------------------------------------------- stages 2 and 3: matching, finetuning
 
 class TeacherPass:
-    """tokens [B, T] -> the teacher's last hidden states [B, T, D], made once and remembered.
-
-    All candidates, rows and evaluations see the same batches, so they share them: in host memory,
-    up to `room` bytes (an eighth of it for the processes of a host); what finds none is made again.
-    """
+    """tokens [B, T] -> the teacher's last hidden states [B, T, D], made once and remembered, as all
+    candidates, rows and evaluations see the same batches: in host memory, up to `room` bytes (an
+    eighth of it for the processes of a host). What finds no room is made again."""
     def __init__(self, teacher, room=None):
         check_teacher(teacher)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -843,16 +786,15 @@ class TeacherPass:
 
 def kl_to_teacher(student, teach, tokens):
     """KL(teacher || student), mean over the tokens [B, T]; teach: a TeacherPass."""
-    teacher_hidden, hidden = teach(tokens), last_hidden(student, tokens)
-    return kl_loss(hidden, whole(student.lm_head.weight), teacher_hidden, teach.teacher.lm_head)
+    teachers, hidden = (teach(tokens), teach.teacher.lm_head.weight), last_hidden(student, tokens)
+    return kl_loss(hidden, whole(student.lm_head.weight), *teachers)
 
 def distill_logits(student, teach, batches, steps, lr=1e-4, rest_lr=7e-6, **how) -> list[dict]:
     """Stage 2, distribution matching: KL(teacher || student), mean over tokens, all parameters.
 
-    teach: the teacher or, to share its passes, a TeacherPass. Starts from the stage-1 student with
-    the chosen layers restored. Constant learning rates, `lr` of attention and `rest_lr` of the rest
-    (0 freezes it). how: micro_batch, folder, as in `train`. Trains in place; returns the history
-    ("kl").
+    teach: the teacher or, to share its passes, a TeacherPass. student: of stage 1, some layers
+    restored; trains in place, attention at the constant rate `lr`, the rest at `rest_lr` (0 freezes
+    it). how: micro_batch, folder, as in `train`. Returns the history ("kl").
     """
     teach = teach if isinstance(teach, TeacherPass) else TeacherPass(teach)
 
@@ -880,17 +822,19 @@ def evaluate(model, teach, held_out) -> dict[str, float]:
     mode, sums, counts = model.training, collections.Counter(), collections.Counter()
     model.eval()
     for kind, tokens in [(kind, tokens) for kind in held_out for tokens in held_out[kind]]:
-        teacher_hidden, hidden, count = teach(tokens), last_hidden(model, tokens), tokens.numel()
-        head = whole(model.lm_head.weight)
-        kl = float(kl_loss(hidden, head, teacher_hidden, teach.teacher.lm_head))
+        teacher_hidden, hidden = teach(tokens), last_hidden(model, tokens)
+        head, teacher_head = whole(model.lm_head.weight), teach.teacher.lm_head.weight
+        kl = kl_loss(hidden, head, teacher_hidden, teacher_head)
         found = {"kl": kl, f"kl_{kind}": kl}
         if kind == "text":
-            found["perplexity"] = float(next_token_loss(hidden, head, tokens))
-        sums.update({name: value * count for name, value in found.items()})
-        counts.update(dict.fromkeys(found, count))
+            found["ce"] = next_token_loss(hidden, head, tokens)
+        for name in found:
+            sums[name] += float(found[name]) * tokens.numel()
+            counts[name] += tokens.numel()
     model.train(mode)
-    means = {name: total / counts[name] for name, total in sums.items()}
-    return means | {name: math.exp(means[name]) for name in ("perplexity",) if name in means}
+    means = {name: sums[name] / counts[name] for name in sums}
+    means["perplexity"] = math.exp(means.pop("ce"))
+    return means
 
 # ---------------------------------------------------------------- stage S: KL-guided selection
 
@@ -991,7 +935,7 @@ def mse(x):
 
 def ppl(x):
     """The same zeroing: the loss on every token, which ranks as perplexity does."""
-    head = x.teach.teacher.lm_head
+    head = x.teach.teacher.lm_head.weight
     return ablate(x, lambda hidden, before, tokens: next_token_loss(hidden, head, tokens))
 
 @torch.no_grad()
