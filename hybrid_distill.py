@@ -393,10 +393,8 @@ def compiled(function):
 
 @compiled
 def kl_rows(student_logits, teacher_logits, weight):
-    """[N, V], [N, V], [N] -> weight KL_t of each row, fp32, and d/d student_logits [N, V] of it.
-
-        KL_t = sum_v p_t(v) (log p_t(v) - log p_s(v)),   d KL_t / d student_logits = p_s - p_t
-    """
+    """[N, V], [N, V], [N] -> weight KL_t of each row, fp32, and d/d student_logits [N, V] of it."""
+    # KL_t = sum_v p_t(v) (log p_t(v) - log p_s(v)),   d KL_t / d student_logits = p_s - p_t
     log_p_s = F.log_softmax(student_logits.to(weight.dtype), dim=-1)
     log_p_t = F.log_softmax(teacher_logits.to(weight.dtype), dim=-1)
     p_t, weight = log_p_t.exp(), weight[:, None]
@@ -413,12 +411,9 @@ def cross_entropy_rows(logits, labels, weight):
 
 def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=None, chunk=1024):
     """KL(teacher || student) of the next-token distributions, mean over tokens, in nats.
-
-    student_hidden [..., D_s], teacher_hidden [..., D_t]; heads [V, D_s], [V, D_t]; mask [...], the
-    weight of each token, default 1. Products are made in the dtype of the hidden states, sums and
-    the loss in fp32 (fp64 for fp64). Gradients reach the student. At most `chunk` rows of logits
-    exist at a time, forward and backward. ValueError for shapes that do not fit.
-    """
+    Hidden states [..., D_s], [..., D_t]; heads [V, D_s], [V, D_t]; mask [...], weights, or None.
+    Products in the dtype of the hidden states, sums in fp32 (fp64 for fp64). Gradients reach the
+    student. At most `chunk` rows of logits exist at a time. ValueError for wrong shapes."""
     if len(student_head) != len(teacher_head):
         raise ValueError("student and teacher must share a vocabulary")
     W = teacher_head.detach().to(teacher_hidden.dtype)
@@ -490,7 +485,7 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
     return student.float().requires_grad_(True)  # a teacher may be frozen
 
 def restore_attention(student, teacher, softmax_layers):
-    """A copy of the all-linear student, where it is, with the teacher's attention in some layers."""
+    """A copy of the all-linear student, on its device, with the teacher's attention in layers."""
     require(not student.config.softmax_layers, "attention is restored in all-linear students alone")
     hybrid = copy.deepcopy(student)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
@@ -533,12 +528,11 @@ SECONDS_BETWEEN_SAVES = 60.0
 def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=None, folder=None):
     """The loop behind every stage -> its history, a row a step: {"step", name: loss, "loss", ...}.
 
-    model: a module with fp32 weights; those in `groups`, of AdamW, train in place, all others stay.
-    losses(tokens): yields (name, loss, factor), each back-propagated before the next is computed.
-    batches: token batches [B, T], a list or a function of the step. schedule(step, steps) is a
-    factor on the learning rates. micro_batch: sequences at a time, halved when GPU memory runs out.
-    folder: where the stage is saved, each minute and at its end, and goes on from; or None.
-    Raises FloatingPointError before a step whose gradient is not finite.
+    `groups`, of AdamW, train in place, in fp32; all else of the model stays. losses(tokens) gives
+    (name, loss, factor), each back-propagated before the next is computed. batches: tokens [B, T],
+    a list or a function of the step. schedule(step): a factor on the learning rates. micro_batch:
+    sequences at a time, halved when GPU memory runs out. folder: saved there each minute and at the
+    end, it goes on from there. FloatingPointError before a step of a gradient that is not finite.
     """
     trained = [p for group in groups for p in group["params"]]
     require(trained, "every parameter of this model is frozen: nothing can be trained")
@@ -554,25 +548,21 @@ def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=N
         hide = not name or start == steps or rank_and_world()[0] > 0
         for step in tqdm(range(start, steps), name, steps, initial=start, disable=hide):
             clock = time.monotonic()
-            # 1. learning rates
             for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * (schedule(step, steps) if schedule else 1.0)
-            # 2. the gradient of the batch, clipped to norm 1
+                group["lr"] = peak * (schedule(step) if schedule else 1.0)
             tokens = batches(step) if callable(batches) else batches[step]
             row, micro_batch = back_propagate(losses, tokens, micro_batch, trained)
             norm = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
             if not math.isfinite(norm):
-                raise FloatingPointError(f"{name}: the gradient became {norm} at step {step + 1} of "
-                                         f"{steps}: lower its learning rate")  # fmt: skip
-            # 3. the step, its row, a save when a minute has passed
+                where = f"{name}: the gradient became {norm} at step {step + 1} of {steps}"
+                raise FloatingPointError(f"{where}: lower its learning rate")
             optimizer.step()
             optimizer.zero_grad()
             row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm, "step": step + 1}
             row |= {"lr": max(group["lr"] for group in groups), "micro_batch": micro_batch}
-            row |= {"tokens": tokens.numel(), "seconds": time.monotonic() - clock}
-            history.append(row)
+            history.append(row | {"tokens": tokens.numel(), "seconds": time.monotonic() - clock})
             due = time.monotonic() - saved > SECONDS_BETWEEN_SAVES
-            if folder and step + 1 < steps and gather(due)[0]:  # processes must save together
+            if folder and step + 1 < steps and gather(due)[0]:  # all at once: the first decides
                 save(folder, model, history, optimizer)
                 saved = time.monotonic()
         if folder and start < steps:
@@ -585,13 +575,9 @@ def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=N
 
 def back_propagate(losses, tokens, micro_batch, trained):
     """Gradients of a batch, micro_batch sequences at a time -> ({name: loss}, micro_batch).
-    Processes that share a sharded model take an equal part each. When GPU memory runs out it starts
-    again with half as many at a time."""
+    Processes that share a model take equal parts. After an OutOfMemoryError half as many."""
     rank, world = rank_and_world() if isinstance(trained[0], DTensor) else (0, 1)
-    require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
     mine, sums = tokens.chunk(world)[rank], collections.Counter()
-    if trained[0].is_cuda and not mine.is_cuda:
-        mine = mine.pin_memory()  # a copy to the GPU does not wait for what is queued there
     micro_batch = min(micro_batch or len(mine), len(mine))
     try:
         for part in mine.split(micro_batch):
@@ -614,9 +600,8 @@ def back_propagate(losses, tokens, micro_batch, trained):
     return back_propagate(losses, tokens, half, trained)
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
-    """Optimizer groups: attention, softmax and linear, at `lr`, the rest at `rest_lr` (0: frozen).
-    What takes no gradient stays frozen. Matrices take weight decay 0.01; A_log, dt_bias, norms and
-    biases none: it pulls gates to 0."""
+    """Groups of AdamW: attention at `lr`, the rest at `rest_lr` (0: frozen); frozen weights in none.
+    Matrices take weight decay 0.01; A_log, dt_bias, norms, biases none: it pulls gates to 0."""
     groups = {}
     for name, p in model.named_parameters():
         rate = lr if ".self_attn." in f".{name}" else rest_lr
@@ -624,18 +609,11 @@ def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
             groups.setdefault((rate, 0.01 if p.ndim >= 2 else 0.0), []).append(p)
     return [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
 
-def cosine(step: int, steps: int, floor: float) -> float:
-    """A schedule: linear warm-up, 50 steps or a tenth of all, then a cosine from 1 to `floor`."""
-    if step < (warmup := min(50, steps // 10)):
-        return (step + 1) / warmup
-    progress = (step - warmup) / (steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
 # A stage on disk: `folder`/metrics.jsonl, its history up to the newest save, and `folder`/step-N by
 # torch.distributed.checkpoint, which any number of processes reads; on a CPU it ends bit-equal.
 
 def state_of(model, optimizer=None) -> dict:
-    """What a save holds, by name: trained weights and, before the end, optimizer, random state."""
+    """What a save holds: trained weights by name and, before the end, optimizer, random state."""
     state = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     if optimizer:
         options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
@@ -646,12 +624,12 @@ def state_of(model, optimizer=None) -> dict:
 
 def save(folder, model, history, optimizer=None) -> None:
     """Of several processes each writes its part of the weights, the first one all else."""
-    new, (rank, world) = Path(folder) / f"step-{len(history)}", rank_and_world()
-    if rank == 0:
+    new, first = Path(folder) / f"step-{len(history)}", rank_and_world()[0] == 0
+    if first:
         new.mkdir(parents=True, exist_ok=True)
         write(new.parent / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-    dcp.save(state_of(model, optimizer), checkpoint_id=new, no_dist=world == 1)
-    for old in set(new.parent.glob("step-*")) - {new} if rank == 0 else ():
+    dcp.save(state_of(model, optimizer), checkpoint_id=new)
+    for old in set(new.parent.glob("step-*")) - {new} if first else ():
         shutil.rmtree(old)
 
 def load(folder, model, optimizer, steps: int) -> list[dict]:
@@ -662,17 +640,15 @@ def load(folder, model, optimizer, steps: int) -> list[dict]:
     if step == 0:
         return []
     state = state_of(model, optimizer if step < steps else None)
-    dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}", no_dist=True)  # in place
+    dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}")  # in place
     torch.set_rng_state(state.get("random", torch.get_rng_state()))
     rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row) for row in rows[:step]]
 
 def write(path, content) -> None:
-    """Text, or an array as .npy, in a file that is there whole or not at all, whatever happens."""
+    """Text, or an array as .npy, in a file that is there whole or not at all."""
     with open(f"{path}.new", "wb") as file:
         np.save(file, content) if isinstance(content, np.ndarray) else file.write(content.encode())
-        file.flush()
-        os.fsync(file.fileno())
     os.replace(file.name, path)
 
 # ------------------------------------------------------------------ more than one process: torchrun
@@ -690,8 +666,8 @@ def gather(value) -> list:
 
 def whole(tensor):
     """A sharded tensor put together, its gradient summed on the way back; any other as it is."""
-    sharded = isinstance(tensor, DTensor)
-    return tensor.full_tensor(grad_placements=[Partial()]) if sharded else tensor
+    how = dict(grad_placements=[Partial()])
+    return tensor.full_tensor(**how) if isinstance(tensor, DTensor) else tensor
 
 def shard(model):
     """In place: the causal LM with weights, gradients and optimizer sharded over all processes: a
@@ -719,24 +695,18 @@ def sharded(stage, student, *inputs, **options) -> list[dict]:
 # ---------------------------------------------------------------- stage 1: hidden-state alignment
 
 def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5, **how):
-    """Stage 1: every mixer learns its attention's output, all at once, their gradients apart.
+    """Stage 1: every mixer learns its attention's output, in place, their gradients apart.
 
         loss = mean over layers of alignment_loss(mixer_l(x_l), attn_l(x_l))
-        x_l from the *teacher's* forward pass: its output, not the mixer's, feeds the next layer
+        x_l from one *teacher's* pass: its output, not the mixer's, feeds the next layer
 
-    Trains the mixers in place, by one teacher pass a batch; returns the history, a loss a layer
-    ("layer 3"). lr falls to final_lr, see `cosine`. how: micro_batch, folder, as in `train`.
-    """
-    ours = mixers(student)
+    Returns the history, a loss a layer ("layer 3"). how: micro_batch, folder, as in `train`."""
+    ours, warmup, floor = mixers(student), min(50, steps // 10), final_lr / lr
     require(ours, "this student has no linear layer to align")
 
     def losses(tokens):
         seen = {}  # {layer: (x_l, y_l)}, [B, T, D] each
-
-        def remember(i, inputs, y):
-            seen[i] = inputs["hidden_states"], y
-            return y
-
+        remember = lambda i, inputs, y: seen.setdefault(i, (inputs["hidden_states"], y))[1]
         with torch.no_grad(), replaced(teacher, ours, remember):
             last_hidden(teacher, tokens)
         for i in ours:
@@ -745,16 +715,20 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
                 y_student, _ = ours[i](x)
             yield f"layer {i}", alignment_loss(y_student, y), 1 / len(ours)
 
+    def cosine(step):  # linear warm-up, then a cosine from 1 to final_lr / lr
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / (steps - warmup)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
     training = nn.ModuleDict({"self_attn": nn.ModuleList(ours.values())})
-    schedule = functools.partial(cosine, floor=final_lr / lr)
     groups = parameter_groups(training, lr, 0)
-    return train(training, groups, losses, batches, steps, schedule=schedule, **how)
+    return train(training, groups, losses, batches, steps, schedule=cosine, **how)
 
 @contextlib.contextmanager
 def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
     """Within it, attention l of layers gives output(l, its keyword arguments, its own output)."""
-    def hook(attention, args, inputs, y):
-        return output(attention.layer_idx, inputs, y[0]), *y[1:]
+    hook = lambda attention, _, inputs, y: (output(attention.layer_idx, inputs, y[0]), *y[1:])
     with contextlib.ExitStack() as hooks:
         for i in layers:
             attention = model.model.layers[i].self_attn
@@ -790,17 +764,11 @@ def kl_to_teacher(student, teach, tokens):
     return kl_loss(hidden, whole(student.lm_head.weight), *teachers)
 
 def distill_logits(student, teach, batches, steps, lr=1e-4, rest_lr=7e-6, **how) -> list[dict]:
-    """Stage 2, distribution matching: KL(teacher || student), mean over tokens, all parameters.
-
-    teach: the teacher or, to share its passes, a TeacherPass. student: of stage 1, some layers
-    restored; trains in place, attention at the constant rate `lr`, the rest at `rest_lr` (0 freezes
-    it). how: micro_batch, folder, as in `train`. Returns the history ("kl").
-    """
+    """Stage 2, distribution matching: KL(teacher || student), mean over tokens ("kl"), in place.
+    teach: the teacher or, to share its passes, a TeacherPass. Attention trains at `lr`, the rest at
+    `rest_lr` (0 freezes it), both constant. how: micro_batch, folder, as in `train`."""
     teach = teach if isinstance(teach, TeacherPass) else TeacherPass(teach)
-
-    def losses(tokens):
-        yield "kl", kl_to_teacher(student, teach, tokens), 1.0
-
+    losses = lambda tokens: [("kl", kl_to_teacher(student, teach, tokens), 1.0)]
     return train(student, parameter_groups(student, lr, rest_lr), losses, batches, steps, **how)
 
 def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
@@ -819,19 +787,17 @@ def next_token_loss(hidden, head, tokens):
 def evaluate(model, teach, held_out) -> dict[str, float]:
     """{"kl", "kl_<kind>" of each kind, "perplexity" of "text"}, means over the tokens of
     {kind: [tokens [B, T], ...]}, without dropout."""
-    mode, sums, counts = model.training, collections.Counter(), collections.Counter()
+    sums, counts = collections.Counter(), collections.Counter()
     model.eval()
     for kind, tokens in [(kind, tokens) for kind in held_out for tokens in held_out[kind]]:
         teacher_hidden, hidden = teach(tokens), last_hidden(model, tokens)
-        head, teacher_head = whole(model.lm_head.weight), teach.teacher.lm_head.weight
-        kl = kl_loss(hidden, head, teacher_hidden, teacher_head)
+        head = whole(model.lm_head.weight)
+        kl = kl_loss(hidden, head, teacher_hidden, teach.teacher.lm_head.weight)
         found = {"kl": kl, f"kl_{kind}": kl}
         if kind == "text":
             found["ce"] = next_token_loss(hidden, head, tokens)
-        for name in found:
-            sums[name] += float(found[name]) * tokens.numel()
-            counts[name] += tokens.numel()
-    model.train(mode)
+        sums.update({name: float(loss) * tokens.numel() for name, loss in found.items()})
+        counts.update(dict.fromkeys(found, tokens.numel()))
     means = {name: sums[name] / counts[name] for name in sums}
     means["perplexity"] = math.exp(means.pop("ce"))
     return means
@@ -1424,7 +1390,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     out, b, first, teach = Path(s.out), s.budgets, rank_and_world()[0] == 0, TeacherPass(teacher)
     code = [of for of in MIXERS[s.mixer].__mro__ if issubclass(of, Mixer)]
     code += [Norm, alignment_loss, kl_rows, cross_entropy_rows, mean_of_rows, ChunkedLoss, train,
-             back_propagate, parameter_groups, cosine, align_hidden_states, distill_logits,
+             back_propagate, parameter_groups, align_hidden_states, distill_logits,
              finetune, Corpus, EmbeddedCorpus, sys.modules[chunk_gla.__module__]]  # fmt: skip
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
     config = {n: str(value) for n, value in teacher.config.to_dict().items() if "_" != n[0]}
