@@ -427,46 +427,43 @@ def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
 
 def mean_of_rows(rows, hidden, head, target, mask, chunk):
     """Mean over tokens, weighted by mask [...], of the loss that rows(logits [N, V], target [N, .],
-    weights [N]) gives with its gradient by the logits; 0 for a mask without a token."""
+    weights [N]) gives together with its gradient by the logits: so one visit to a chunk of tokens
+    is enough, and d/dhidden and d/dhead are kept for the backward, not the logits."""
     mask = hidden.new_ones(hidden.shape[:-1]) if mask is None else mask
     shapes = hidden.shape[:-1], target.shape[: hidden.ndim - 1], mask.shape
     if len(set(shapes)) > 1:
         raise ValueError(f"hidden states, targets and mask must be of the same tokens: {shapes}")
     mask = mask.flatten().to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))
-    weights = mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny)
+    weights, total = mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny), mask.new_zeros(())
     # 1 / tokens would be lost in a 16-bit gradient: a power of two, which rounds nothing, is last
     largest = weights.max().clamp(min=1e-30).log2().ceil().exp2()
-    head = head if torch.is_grad_enabled() else head.detach()
-    tokens = hidden.flatten(0, -2), head, target.flatten(0, hidden.ndim - 2), weights / largest
-    return largest * ChunkedLoss.apply(*tokens, rows, chunk)
+    # equal chunks, if up to twice as many give them: another shape would be compiled anew
+    least = -(-len(mask) // chunk)
+    count = next((n for n in range(least, 2 * least) if len(mask) % n == 0), least)
+    wanted, W = torch.is_grad_enabled(), head.detach().to(hidden.dtype)
+    d_hidden = hidden.new_empty(hidden.shape)
+    d_head = torch.zeros_like(W, dtype=mask.dtype) if wanted and head.requires_grad else None
+    tokens = (x.detach().flatten(0, hidden.ndim - 2) for x in (hidden, target, d_hidden))
+    for h, t, d_h, w in zip(*(x.chunk(count) for x in (*tokens, weights / largest))):
+        loss, d_logits = rows(F.linear(h, W), t, w)
+        total += loss.sum()
+        if wanted:
+            d_h.copy_(d_logits @ W)
+        if d_head is not None:
+            d_head += d_logits.t() @ h
+    return largest * ChunkedLoss.apply(hidden, head, total, d_hidden, d_head)
 
 class ChunkedLoss(torch.autograd.Function):
-    """The sum of rows(head h, target, weights), which gives gradients with the losses: so one visit
-    to a chunk of tokens is enough, and d/dh and d/dhead are kept for the backward, not the logits.
-    """
+    """A loss whose gradients by hidden and head are known."""
     @staticmethod
-    def forward(ctx, hidden, head, target, weights, rows, chunk):
-        tokens, W, total = len(hidden), head.to(hidden.dtype), weights.new_zeros(())
-        # equal chunks, if up to twice as many give them: another shape would be compiled anew
-        least = -(-tokens // chunk)
-        count = next((n for n in range(least, 2 * least) if tokens % n == 0), least)
-        d_hidden = torch.empty_like(hidden)
-        d_head = torch.zeros_like(head, dtype=weights.dtype) if ctx.needs_input_grad[1] else None
-        for h, t, w, d_h in zip(*(x.chunk(count) for x in (hidden, target, weights, d_hidden))):
-            loss, d_logits = rows(F.linear(h, W), t, w)
-            total += loss.sum()
-            if ctx.needs_input_grad[0]:
-                d_h.copy_(d_logits @ W)
-            if d_head is not None:
-                d_head += d_logits.t() @ h
-        ctx.save_for_backward(d_hidden, d_head)
-        return total
+    def forward(ctx, hidden, head, loss, *gradients):
+        ctx.save_for_backward(*gradients)
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_total):
-        d_hidden, d_head = (d if d is None else d * d_total for d in ctx.saved_tensors)
-        return d_hidden, d_head, None, None, None, None
+    def backward(ctx, d_loss):
+        return *(d if d is None else d * d_loss for d in ctx.saved_tensors), None, None, None
 
 # ------------------------------------------------------------- stage 0: attention weight transfer
 
@@ -561,12 +558,10 @@ def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=N
             row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm, "step": step + 1}
             row |= {"lr": max(group["lr"] for group in groups), "micro_batch": micro_batch}
             history.append(row | {"tokens": tokens.numel(), "seconds": time.monotonic() - clock})
-            due = time.monotonic() - saved > SECONDS_BETWEEN_SAVES
-            if folder and step + 1 < steps and gather(due)[0]:  # all at once: the first decides
-                save(folder, model, history, optimizer)
+            last, due = step + 1 == steps, time.monotonic() - saved > SECONDS_BETWEEN_SAVES
+            if folder and gather(last or due)[0]:  # all at once: the first decides
+                save(folder, model, history, None if last else optimizer)
                 saved = time.monotonic()
-        if folder and start < steps:
-            save(folder, model, history)
     finally:
         for p in others:
             p.requires_grad_(True)
@@ -577,6 +572,7 @@ def back_propagate(losses, tokens, micro_batch, trained):
     """Gradients of a batch, micro_batch sequences at a time -> ({name: loss}, micro_batch).
     Processes that share a model take equal parts. After an OutOfMemoryError half as many."""
     rank, world = rank_and_world() if isinstance(trained[0], DTensor) else (0, 1)
+    require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
     mine, sums = tokens.chunk(world)[rank], collections.Counter()
     micro_batch = min(micro_batch or len(mine), len(mine))
     try:
@@ -600,7 +596,7 @@ def back_propagate(losses, tokens, micro_batch, trained):
     return back_propagate(losses, tokens, half, trained)
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
-    """Groups of AdamW: attention at `lr`, the rest at `rest_lr` (0: frozen); frozen weights in none.
+    """For AdamW: attention at `lr`, the rest at `rest_lr` (0: frozen); what is frozen stays so.
     Matrices take weight decay 0.01; A_log, dt_bias, norms, biases none: it pulls gates to 0."""
     groups = {}
     for name, p in model.named_parameters():
@@ -608,9 +604,6 @@ def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
         if rate > 0 and p.requires_grad:
             groups.setdefault((rate, 0.01 if p.ndim >= 2 else 0.0), []).append(p)
     return [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
-
-# A stage on disk: `folder`/metrics.jsonl, its history up to the newest save, and `folder`/step-N by
-# torch.distributed.checkpoint, which any number of processes reads; on a CPU it ends bit-equal.
 
 def state_of(model, optimizer=None) -> dict:
     """What a save holds: trained weights by name and, before the end, optimizer, random state."""
@@ -623,7 +616,8 @@ def state_of(model, optimizer=None) -> dict:
     return state
 
 def save(folder, model, history, optimizer=None) -> None:
-    """Of several processes each writes its part of the weights, the first one all else."""
+    """`folder`/metrics.jsonl, the history, and step-N by torch.distributed.checkpoint: of several
+    processes each writes its part, and any number reads it. On a CPU a stage ends bit-equal."""
     new, first = Path(folder) / f"step-{len(history)}", rank_and_world()[0] == 0
     if first:
         new.mkdir(parents=True, exist_ok=True)
