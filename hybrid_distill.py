@@ -426,9 +426,8 @@ def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
     return mean_of_rows(cross_entropy_rows, hidden, head, labels.clamp(min=0), counted, chunk)
 
 def mean_of_rows(rows, hidden, head, target, mask, chunk):
-    """Mean over tokens, weighted by mask [...], of the loss that rows(logits [N, V], target [N, .],
-    weights [N]) gives together with its gradient by the logits: so one visit to a chunk of tokens
-    is enough, and d/dhidden and d/dhead are kept for the backward, not the logits."""
+    """Mean over tokens of the loss that rows(logits [N, V], target [N, .], weights [N]) gives with
+    its gradient by the logits: so one visit to a chunk is enough, and no logits are kept."""
     mask = hidden.new_ones(hidden.shape[:-1]) if mask is None else mask
     shapes = hidden.shape[:-1], target.shape[: hidden.ndim - 1], mask.shape
     if len(set(shapes)) > 1:
@@ -503,13 +502,12 @@ def check_teacher(teacher) -> None:
     """UserError unless it is a supported model with the plain weights of its class, in memory."""
     kind, known = type(teacher), [base.__name__ for base in HYBRIDS]
     require(kind in HYBRIDS, f"the teacher must be one of {', '.join(known)}, not {kind.__name__}")
-    require(teacher.dtype != torch.float16, "a float16 teacher wants loss scaling: use bfloat16")
     with torch.device("meta"):
         stock = kind(copy.deepcopy(teacher.config))
     ours, theirs = ({n: p.shape for n, p in x.state_dict().items()} for x in (teacher, stock))
-    plain = all(type(p) is nn.Parameter and not p.is_meta for p in teacher.parameters())
-    require(plain and ours == theirs, f"the teacher's weights are not those of a {kind.__name__}: "
-            "merge adapters, load it without quantisation and device_map")  # fmt: skip
+    kinds = {(type(p), p.is_meta, p.dtype == torch.float16) for p in teacher.parameters()}
+    require(ours == theirs and kinds == {(nn.Parameter, False, False)}, "the teacher must not be "
+            "in fp16: merge adapters, load it without quantisation and device_map")  # fmt: skip
 
 def check_layers(softmax_layers, L: int) -> list[int]:
     """The layers, sorted; UserError if one is outside [0, L) or named twice."""
@@ -524,7 +522,6 @@ SECONDS_BETWEEN_SAVES = 60.0
 
 def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=None, folder=None):
     """The loop behind every stage -> its history, a row a step: {"step", name: loss, "loss", ...}.
-
     `groups`, of AdamW, train in place, in fp32; all else of the model stays. losses(tokens) gives
     (name, loss, factor), each back-propagated before the next is computed. batches: tokens [B, T],
     a list or a function of the step. schedule(step): a factor on the learning rates. micro_batch:
@@ -532,7 +529,7 @@ def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=N
     end, it goes on from there. FloatingPointError before a step of a gradient that is not finite.
     """
     trained = [p for group in groups for p in group["params"]]
-    require(trained, "every parameter of this model is frozen: nothing can be trained")
+    require(trained, "nothing to train: it is frozen, or it has no linear layer to align")
     others = {p for p in model.parameters() if p.requires_grad} - set(trained)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=trained[0].is_cuda)
     peaks, name = [group["lr"] for group in groups], Path(folder or "").name
@@ -569,8 +566,8 @@ def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=N
     return history
 
 def back_propagate(losses, tokens, micro_batch, trained):
-    """Gradients of a batch, micro_batch sequences at a time -> ({name: loss}, micro_batch).
-    Processes that share a model take equal parts. After an OutOfMemoryError half as many."""
+    """Gradients of a batch, micro_batch sequences at a time, half as many if memory runs out ->
+    ({name: loss}, micro_batch). Processes that share a model take equal parts."""
     rank, world = rank_and_world() if isinstance(trained[0], DTensor) else (0, 1)
     require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
     mine, sums = tokens.chunk(world)[rank], collections.Counter()
@@ -606,7 +603,7 @@ def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
     return [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
 
 def state_of(model, optimizer=None) -> dict:
-    """What a save holds: trained weights by name and, before the end, optimizer, random state."""
+    """What a save holds: trained weights and, before the end, optimizer and random state."""
     state = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     if optimizer:
         options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
@@ -690,33 +687,28 @@ def sharded(stage, student, *inputs, **options) -> list[dict]:
 
 def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5, **how):
     """Stage 1: every mixer learns its attention's output, in place, their gradients apart.
-
         loss = mean over layers of alignment_loss(mixer_l(x_l), attn_l(x_l))
-        x_l from one *teacher's* pass: its output, not the mixer's, feeds the next layer
-
+    with x_l from one pass of the *teacher*: its output, not the mixer's, feeds the next layer.
     Returns the history, a loss a layer ("layer 3"). how: micro_batch, folder, as in `train`."""
     ours, warmup, floor = mixers(student), min(50, steps // 10), final_lr / lr
-    require(ours, "this student has no linear layer to align")
 
     def losses(tokens):
         seen = {}  # {layer: (x_l, y_l)}, [B, T, D] each
         remember = lambda i, inputs, y: seen.setdefault(i, (inputs["hidden_states"], y))[1]
         with torch.no_grad(), replaced(teacher, ours, remember):
             last_hidden(teacher, tokens)
-        for i in ours:
+        for i, mixer in ours.items():
             x, y = seen.pop(i)
             with autocast(student):
-                y_student, _ = ours[i](x)
+                y_student, _ = mixer(x)
             yield f"layer {i}", alignment_loss(y_student, y), 1 / len(ours)
 
-    def cosine(step):  # linear warm-up, then a cosine from 1 to final_lr / lr
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / (steps - warmup)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    def cosine(step):  # from 1 to final_lr / lr, after a linear warm-up
+        fall = 0.5 * (1 + math.cos(math.pi * ((step - warmup) / (steps - warmup))))
+        return (step + 1) / warmup if step < warmup else floor + (1 - floor) * fall
 
-    training = nn.ModuleDict({"self_attn": nn.ModuleList(ours.values())})
-    groups = parameter_groups(training, lr, 0)
+    training = nn.ModuleList(ours.values())
+    groups = parameter_groups(training, lr, lr)
     return train(training, groups, losses, batches, steps, schedule=cosine, **how)
 
 @contextlib.contextmanager
@@ -784,9 +776,8 @@ def evaluate(model, teach, held_out) -> dict[str, float]:
     sums, counts = collections.Counter(), collections.Counter()
     model.eval()
     for kind, tokens in [(kind, tokens) for kind in held_out for tokens in held_out[kind]]:
-        teacher_hidden, hidden = teach(tokens), last_hidden(model, tokens)
-        head = whole(model.lm_head.weight)
-        kl = kl_loss(hidden, head, teacher_hidden, teach.teacher.lm_head.weight)
+        hidden, head = last_hidden(model, tokens), whole(model.lm_head.weight)
+        kl = kl_loss(hidden, head, teach(tokens), teach.teacher.lm_head.weight)
         found = {"kl": kl, f"kl_{kind}": kl}
         if kind == "text":
             found["ce"] = next_token_loss(hidden, head, tokens)

@@ -868,14 +868,14 @@ def test_a_wrong_call_gets_one_sentence():
         ("within 0..3", lambda: transfer(teacher, [1, 1])),
         ("mixer must be one of gdn", lambda: transfer(teacher, [0], mixer="mamba")),
         ("LlamaForCausalLM.*not GPT2LMHeadModel", lambda: transfer(gpt2, [0])),
-        ("no linear", lambda: hd.align_hidden_states(transfer(teacher, range(4)), teacher, [], 1)),
+        ("no linear layer", lambda: hd.align_hidden_states(transfer(teacher, range(4)), teacher, [], 1)),
         ("within 1..4, .* not 0 of", lambda: selection(teacher, 0)),
         ("within 1..4, .* not 5 of", lambda: selection(teacher, 5)),
         ("of one with 3 linear", lambda: selection(teacher, 1, kept=[1])),
         ("all-linear", lambda: hd.restore_attention(transfer(teacher, [1]), teacher, [2])),
         ("a teacher that recalls", lambda: select_by(teacher, "ar", recall=lambda _: 0.0)),
         ("batch of 2 or more", lambda: hd.EmbeddedCorpus(0).batches("align", one_row)(0)),
-        ("float16", lambda: hd.TeacherPass(teacher.half())),
+        ("fp16", lambda: hd.TeacherPass(teacher.half())),
     ):
         with pytest.raises(hd.UserError, match=sentence):
             call()
