@@ -467,9 +467,8 @@ class ChunkedLoss(torch.autograd.Function):
 # ------------------------------------------------------------- stage 0: attention weight transfer
 
 def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
-    """Stage 0: an fp32 copy of a transformers Llama, Mistral, Qwen2 or Qwen3 causal LM with linear
-    attention, a kind in MIXERS, in all layers but softmax_layers, indices in [0, L). UserError for
-    another architecture, weights that are not plain, index or name."""
+    """Stage 0: an fp32 copy of a Llama, Mistral, Qwen2 or Qwen3 causal LM, its attention linear (by
+    a mixer of MIXERS) in all layers but softmax_layers, within [0, L). UserError for any other."""
     check_teacher(teacher)
     require(mixer in MIXERS, f"the mixer must be one of {', '.join(MIXERS)}, not {mixer!r}")
     student = copy.deepcopy(teacher)
@@ -606,9 +605,8 @@ def state_of(model, optimizer=None) -> dict:
     """What a save holds: trained weights and, before the end, optimizer and random state."""
     state = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     if optimizer:
-        options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
-        slots = get_optimizer_state_dict(model, optimizer, options=options)
-        state |= {n: slot for n, slot in slots.items() if isinstance(slot, torch.Tensor)}
+        how = dict(options=StateDictOptions(ignore_frozen_params=True))
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, **how)["state"]
         state["random"] = torch.get_rng_state()
     return state
 
