@@ -550,7 +550,6 @@ def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=N
                 where = f"{name}: the gradient became {norm} at step {step + 1} of {steps}"
                 raise FloatingPointError(f"{where}: lower its learning rate")
             optimizer.step()
-            optimizer.zero_grad()
             row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm, "step": step + 1}
             row |= {"lr": max(group["lr"] for group in groups), "micro_batch": micro_batch}
             history.append(row | {"tokens": tokens.numel(), "seconds": time.monotonic() - clock})
@@ -571,6 +570,8 @@ def back_propagate(losses, tokens, micro_batch, trained):
     require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
     mine, sums = tokens.chunk(world)[rank], collections.Counter()
     micro_batch = min(micro_batch or len(mine), len(mine))
+    for p in trained:
+        p.grad = None
     try:
         for part in mine.split(micro_batch):
             for name, loss, factor in losses(part):
@@ -585,8 +586,6 @@ def back_propagate(losses, tokens, micro_batch, trained):
             dist.all_reduce(total)
         return {name: float(total) for name, total in sums.items()}, micro_batch
     loss, half = None, (micro_batch + 1) // 2  # the failed try is freed only after the `except`
-    for p in trained:
-        p.grad = None
     torch.cuda.empty_cache()
     print(f"out of GPU memory: {half} sequences at a time from here on", file=sys.stderr)
     return back_propagate(losses, tokens, half, trained)
@@ -622,14 +621,13 @@ def save(folder, model, history, optimizer=None) -> None:
         shutil.rmtree(old)
 
 def load(folder, model, optimizer, steps: int) -> list[dict]:
-    """Put the newest complete save into model and optimizer; returns the history up to it."""
-    # A save is complete when .metadata is there: it is written, fsynced and renamed last.
+    """Put the newest complete save, whose .metadata came last, in place -> the history up to it."""
     saves = [int(file.parent.name[5:]) for file in Path(folder).glob("step-*/.metadata")]
     step = gather(max(saves, default=0))[0]
     if step == 0:
         return []
     state = state_of(model, optimizer if step < steps else None)
-    dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}")  # in place
+    dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}", no_dist=True)
     torch.set_rng_state(state.get("random", torch.get_rng_state()))
     rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row) for row in rows[:step]]
