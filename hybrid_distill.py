@@ -418,7 +418,7 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
         raise ValueError("student and teacher must share a vocabulary")
     W = teacher_head.detach().to(teacher_hidden.dtype)
     rows = lambda logits, hidden, weight: kl_rows(logits, F.linear(hidden, W), weight)
-    return mean_of_rows(rows, student_hidden, student_head, teacher_hidden.detach(), mask, chunk)
+    return mean_of_rows(rows, student_hidden, student_head, teacher_hidden, mask, chunk)
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
     """-log p(label), as `kl_loss` in all else. labels [...], -100 where a token does not count."""
@@ -453,7 +453,7 @@ def mean_of_rows(rows, hidden, head, target, mask, chunk):
     return largest * ChunkedLoss.apply(hidden, head, total, d_hidden, d_head)
 
 class ChunkedLoss(torch.autograd.Function):
-    """A loss whose gradients by hidden and head are known."""
+    """A loss whose gradients by hidden states and head are known: see mean_of_rows."""
     @staticmethod
     def forward(ctx, hidden, head, loss, *gradients):
         ctx.save_for_backward(*gradients)
@@ -653,8 +653,8 @@ def gather(value) -> list:
 
 def whole(tensor):
     """A sharded tensor put together, its gradient summed on the way back; any other as it is."""
-    how = dict(grad_placements=[Partial()])
-    return tensor.full_tensor(**how) if isinstance(tensor, DTensor) else tensor
+    sharded = isinstance(tensor, DTensor)
+    return tensor.full_tensor(grad_placements=[Partial()]) if sharded else tensor
 
 def shard(model):
     """In place: the causal LM with weights, gradients and optimizer sharded over all processes: a
