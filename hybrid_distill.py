@@ -339,31 +339,27 @@ def alignment_loss(y_student, y_teacher):
     return (y_teacher.float() - y_student.float()).norm(dim=-1).mean() * D**-0.5
 
 def compiled(function):
-    """On a GPU the function runs through torch.compile, in 2 passes over its tensors, not 20;
-    elsewhere, and where the compiler fails, which is said once, as it is."""
-    fast = []  # the compiled function, made when first needed, or None
+    """On a GPU by torch.compile: 2 passes over its tensors, not 20. Where that fails, as it is."""
+    fast = functools.cache(lambda: torch.compile(function, dynamic=False))
 
     @functools.wraps(function)
     def call(*tensors):
-        if not tensors[0].is_cuda or fast == [None]:
-            return function(*tensors)
-        try:
-            fast[:] = fast or [torch.compile(function, dynamic=False)]
-            return fast[0](*tensors)
-        except torch.OutOfMemoryError:  # says nothing about the compiler
-            raise
-        except Exception as error:  # whatever a compiler or a driver throws
-            fast[:] = [None]
-            warnings.warn(f"{function.__name__} runs uncompiled: {error!r:.200}")
-            return function(*tensors)
+        nonlocal fast
+        if fast and tensors[0].is_cuda:
+            try:
+                return fast()(*tensors)
+            except torch.OutOfMemoryError:  # says nothing about the compiler
+                raise
+            except Exception as error:  # whatever a compiler or a driver throws
+                fast = None
+                warnings.warn(f"{function.__name__} runs uncompiled: {error!r:.200}")
+        return function(*tensors)
     return call
 
 @compiled
 def kl_rows(student_logits, teacher_logits, weight):
-    """[N, V], [N, V], [N] -> weight KL_t of each row, fp32, and d/d student_logits [N, V] of it.
-
-        KL_t = sum_v p_t(v) (log p_t(v) - log p_s(v)),   d KL_t / d student_logits = p_s - p_t
-    """
+    """[N, V], [N, V], [N] -> weight KL_t of each row, fp32, and d/d student_logits [N, V] of it."""
+    # KL_t = sum_v p_t(v) (log p_t(v) - log p_s(v)),   d KL_t / d student_logits = p_s - p_t
     log_p_s = F.log_softmax(student_logits.to(weight.dtype), dim=-1)
     log_p_t = F.log_softmax(teacher_logits.to(weight.dtype), dim=-1)
     p_t, weight = log_p_t.exp(), weight[:, None]
@@ -380,99 +376,64 @@ def cross_entropy_rows(logits, labels, weight):
 
 def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=None, chunk=1024):
     """KL(teacher || student) of the next-token distributions, mean over tokens, in nats.
-
-    student_hidden [..., D_s], teacher_hidden [..., D_t]; heads [V, D_s] and [V, D_t], or the
-    nn.Linear without bias that holds one; mask [...], the weight of each token, default 1.
-    p = softmax(head h), temperature 1. Products are made in the dtype of the hidden states, sums in
-    fp32, which the loss is in (fp64 for fp64). Gradients reach student_hidden and student_head. At
-    most `chunk` rows of logits exist at a time, forward and backward. ValueError for shapes that do
-    not fit. To copy it out take kl_rows, compiled, ChunkedLoss and mean_of_rows along.
-    """
-    if getattr(teacher_head, "bias", None) is not None:
-        raise ValueError("a head with a bias is not supported")
-    sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    shapes = [(*h.shape[:-1], len(getattr(W, "weight", W))) for h, W in sides]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"student and teacher must share tokens and a vocabulary, not {shapes}")
-    h, W = (x.detach() for x in (teacher_hidden, getattr(teacher_head, "weight", teacher_head)))
-    h, W = h.flatten(0, -2), W.to(h.dtype)
-    rows = lambda logits, part, weight: kl_rows(logits, F.linear(h[part], W), weight)
-    return mean_of_rows(rows, student_hidden, student_head, mask, chunk)
+    Hidden states [..., D_s], [..., D_t]; heads [V, D_s], [V, D_t]; mask [...], weights, or None.
+    Products in the dtype of the hidden states, sums in fp32 (fp64 for fp64). Gradients reach the
+    student. At most `chunk` rows of logits exist at a time. ValueError for wrong shapes."""
+    if len(student_head) != len(teacher_head):
+        raise ValueError("student and teacher must share a vocabulary")
+    W = teacher_head.detach().to(teacher_hidden.dtype)
+    rows = lambda logits, hidden, weight: kl_rows(logits, F.linear(hidden, W), weight)
+    return mean_of_rows(rows, student_hidden, student_head, teacher_hidden, mask, chunk)
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
-    """-log p(label), mean over tokens, in nats. labels [...], -100 where a token does not count;
-    the rest as in `kl_loss`, to copy it out too, with cross_entropy_rows in place of kl_rows."""
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must be {list(hidden.shape[:-1])}, not {list(labels.shape)}")
-    counted = labels != -100
-    label = labels.flatten().clamp(min=0)
-    rows = lambda logits, part, weight: cross_entropy_rows(logits, label[part], weight)
-    return mean_of_rows(rows, hidden, head, counted if mask is None else mask * counted, chunk)
+    """-log p(label), as `kl_loss` in all else. labels [...], -100 where a token does not count."""
+    counted = labels != -100 if mask is None else mask * (labels != -100)
+    return mean_of_rows(cross_entropy_rows, hidden, head, labels.clamp(min=0), counted, chunk)
 
-def mean_of_rows(rows, hidden, head, mask, chunk):
-    """Mean of a loss over tokens, weighted by mask [...]: 0 for a mask without a token.
-    rows(logits, which tokens, their weights) -> weighted losses, their gradients by the logits."""
-    if getattr(head, "bias", None) is not None:
-        raise ValueError("a head with a bias is not supported")
-    head, work = getattr(head, "weight", head), torch.promote_types(hidden.dtype, torch.float32)
+def mean_of_rows(rows, hidden, head, target, mask, chunk):
+    """Mean over tokens of the loss that rows(logits [N, V], target [N, .], weights [N]) gives with
+    its gradient by the logits: so one visit to a chunk is enough, and no logits are kept."""
     mask = hidden.new_ones(hidden.shape[:-1]) if mask is None else mask
-    if mask.shape != hidden.shape[:-1]:
-        raise ValueError(f"the mask must be {list(hidden.shape[:-1])}, not {list(mask.shape)}")
-    mask = mask.flatten().to(hidden.device, work)
-    weights = mask / mask.sum().clamp(min=torch.finfo(work).tiny)
-    head = head if torch.is_grad_enabled() else head.detach()
-    return ChunkedLoss.apply(hidden.flatten(0, -2), head, weights, rows, chunk)
+    shapes = hidden.shape[:-1], target.shape[: hidden.ndim - 1], mask.shape
+    if len(set(shapes)) > 1:
+        raise ValueError(f"hidden states, targets and mask must be of the same tokens: {shapes}")
+    mask = mask.flatten().to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))
+    weights, total = mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny), mask.new_zeros(())
+    # 1 / tokens would be lost in a 16-bit gradient: a power of two, which rounds nothing, is last
+    largest = weights.max().clamp(min=1e-30).log2().ceil().exp2()
+    # equal chunks, if up to twice as many give them: another shape would be compiled anew
+    least = -(-len(mask) // chunk)
+    count = next((n for n in range(least, 2 * least) if len(mask) % n == 0), least)
+    wanted, W = torch.is_grad_enabled(), head.detach().to(hidden.dtype)
+    d_hidden = hidden.new_empty(hidden.shape)
+    d_head = torch.zeros_like(W, dtype=mask.dtype) if wanted and head.requires_grad else None
+    tokens = (x.detach().flatten(0, hidden.ndim - 2) for x in (hidden, target, d_hidden))
+    for h, t, d_h, w in zip(*(x.chunk(count) for x in (*tokens, weights / largest))):
+        loss, d_logits = rows(F.linear(h, W), t, w)
+        total += loss.sum()
+        if wanted:
+            d_h.copy_(d_logits @ W)
+        if d_head is not None:
+            d_head += d_logits.t() @ h
+    return largest * ChunkedLoss.apply(hidden, head, total, d_hidden, d_head)
 
 class ChunkedLoss(torch.autograd.Function):
-    """sum_t w_t loss(head h_t), with the logits of at most `chunk` tokens at a time.
-
-    The gradient of such a loss by its logits is known together with the loss, so one visit to each
-    chunk gives both: the forward keeps d/dh [tokens, D] and d/dhead [V, D], not the logits, and
-    the backward scales them.
-    """
+    """A loss whose gradients by hidden states and head are known: see mean_of_rows."""
     @staticmethod
-    def forward(ctx, hidden, head, weights, rows, chunk):
-        tokens, W = len(hidden), head.to(hidden.dtype)
-        # equal chunks, if up to twice as many give them: another shape would be compiled anew
-        least = -(-tokens // chunk)
-        size = -(-tokens // next((n for n in range(least, 2 * least) if tokens % n == 0), least))
-        # the largest weight, as a power of two that rounds nothing, comes last: 1 / tokens would be
-        # lost in a 16-bit gradient
-        largest = weights.max().clamp(min=1e-30).log2().ceil().exp2()
-        weights, total = weights / largest, weights.new_zeros(())
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_head = torch.zeros_like(head, dtype=weights.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, tokens, size):
-            part = slice(start, start + size)
-            loss, d_logits = rows(F.linear(hidden[part], W), part, weights[part])
-            total += loss.sum()
-            if d_hidden is not None:
-                d_hidden[part] = F.linear(d_logits, W.t())
-            if d_head is not None:
-                d_head += F.linear(d_logits.t(), hidden[part].t())
-        ctx.save_for_backward(d_hidden, d_head, largest)
-        ctx.head_dtype = head.dtype
-        return total * largest
+    def forward(ctx, hidden, head, loss, *gradients):
+        ctx.save_for_backward(*gradients)
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_total):
-        d_hidden, d_head, largest = ctx.saved_tensors
-        if d_head is not None:  # into the dtype of the head without a copy in fp32
-            grad = torch.empty_like(d_head, dtype=ctx.head_dtype)
-            d_head = torch.mul(d_head, d_total * largest, out=grad)
-        d_hidden = None if d_hidden is None else d_hidden * (d_total * largest)
-        return d_hidden, d_head, None, None, None
+    def backward(ctx, d_loss):
+        return *(d if d is None else d * d_loss for d in ctx.saved_tensors), None, None, None
 
 # ------------------------------------------------------------- stage 0: attention weight transfer
 
 def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
-    """Stage 0: a copy of `teacher` with linear attention in all layers but `softmax_layers`.
-
-    teacher: a transformers Llama, Mistral, Qwen2 or Qwen3 causal LM, whole in memory; not changed.
-    softmax_layers: indices in [0, L). mixer: a name in MIXERS. The student's weights are fp32.
-    UserError for any other architecture, state of its weights, index or name.
-    """
+    """Stage 0: an fp32 copy of a Llama, Mistral, Qwen2 or Qwen3 causal LM, its attention linear (by
+    a mixer of MIXERS) in all layers but softmax_layers, within [0, L). UserError for any other."""
     check_teacher(teacher)
     require(mixer in MIXERS, f"the mixer must be one of {', '.join(MIXERS)}, not {mixer!r}")
     student = copy.deepcopy(teacher)
@@ -484,15 +445,14 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
     return student.float().requires_grad_(True)  # a teacher may be frozen
 
 def restore_attention(student, teacher, softmax_layers):
-    """A copy of the all-linear `student`, on its device, with the teacher's attention in
-    `softmax_layers`."""
+    """A copy of the all-linear student, on its device, with the teacher's attention in layers."""
     require(not student.config.softmax_layers, "attention is restored in all-linear students alone")
     hybrid = copy.deepcopy(student)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
         attention = copy.deepcopy(teacher.model.layers[i].self_attn).requires_grad_(True)
-        hybrid.model.layers[i].self_attn = attention.float().to(student.device)
         attention.config = hybrid.config
+        hybrid.model.layers[i].self_attn = attention.to(student.device, torch.float32)
     return hybrid
 
 def to_teachers_dtype(student):
@@ -504,23 +464,19 @@ def to_teachers_dtype(student):
 
 def check_teacher(teacher) -> None:
     """UserError unless it is a supported model with the plain weights of its class, in memory."""
-    kind, known = type(teacher).__name__, ", ".join(base.__name__ for base in HYBRIDS)
-    require(type(teacher) in HYBRIDS, f"the teacher must be one of {known}, not {kind}")
-    require(teacher.dtype != torch.float16, "a float16 teacher wants loss scaling: use bfloat16")
+    kind, known = type(teacher), [base.__name__ for base in HYBRIDS]
+    require(kind in HYBRIDS, f"the teacher must be one of {', '.join(known)}, not {kind.__name__}")
     with torch.device("meta"):
-        stock = type(teacher)(copy.deepcopy(teacher.config)).state_dict()
-    found = teacher.state_dict(keep_vars=True)
-    for name in sorted(stock.keys() | found.keys()):
-        p = found.get(name)
-        plain = name in stock and type(p) is nn.Parameter and p.shape == stock[name].shape
-        require(plain, f"the teacher's weights are not those of a {kind}, see {name}: merge "
-                "adapters and load it without quantisation")  # fmt: skip
-        require(not p.is_meta, f"the teacher's {name} is offloaded: load it without device_map")
+        stock = kind(copy.deepcopy(teacher.config))
+    ours, theirs = ({n: p.shape for n, p in x.state_dict().items()} for x in (teacher, stock))
+    kinds = {(type(p), p.is_meta, p.dtype == torch.float16) for p in teacher.parameters()}
+    require(ours == theirs and kinds == {(nn.Parameter, False, False)}, "the teacher must not be "
+            "in fp16: merge adapters, load it without quantisation and device_map")  # fmt: skip
 
 def check_layers(softmax_layers, L: int) -> list[int]:
     """The layers, sorted; UserError if one is outside [0, L) or named twice."""
-    layers = sorted(operator.index(i) for i in softmax_layers)  # also of numpy or torch
-    right = all(0 <= i < L for i in layers) and len(set(layers)) == len(layers)
+    layers = sorted(map(operator.index, softmax_layers))  # also of numpy or torch
+    right = layers == sorted({*layers} & {*range(L)})
     require(right, f"softmax layers must be distinct and within 0..{L - 1}, not {layers}")
     return layers
 
@@ -530,78 +486,57 @@ SECONDS_BETWEEN_SAVES = 60.0
 
 def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=None, folder=None):
     """The loop behind every stage -> its history, a row a step: {"step", name: loss, "loss", ...}.
-
-    model: a module with fp32 weights; those in `groups`, of AdamW, train in place, all others stay.
-    losses(tokens): yields (name, loss, factor), each back-propagated before the next is computed.
-    batches: token batches [B, T], a list or a function of the step. schedule(step, steps) is a
-    factor on the learning rates. micro_batch: sequences at a time, halved when GPU memory runs out.
-    folder: where the stage is saved, each minute and at its end, and goes on from; or None.
-    Raises FloatingPointError before a step whose loss or gradient is not finite.
+    `groups`, of AdamW, train in place, in fp32; all else of the model stays. losses(tokens) gives
+    (name, loss, factor), each back-propagated before the next is computed. batches: tokens [B, T],
+    a list or a function of the step. schedule(step): a factor on the learning rates. micro_batch:
+    sequences at a time, halved when GPU memory runs out. folder: saved there each minute and at the
+    end, it goes on from there. FloatingPointError before a step of a gradient that is not finite.
     """
     trained = [p for group in groups for p in group["params"]]
-    require(trained, "every parameter of this model is frozen: nothing can be trained")
+    require(trained, "nothing to train: it is frozen, or it has no linear layer to align")
+    others = {p for p in model.parameters() if p.requires_grad} - set(trained)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=trained[0].is_cuda)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    name = Path(folder).name if folder else ""
-    with only_trained(model, trained):
-        history = load(folder, model, optimizer, steps) if folder else []
-        start, clock = len(history), time.monotonic()
-        if history:  # as given, or as halved before the stop
-            micro_batch = min(micro_batch or math.inf, history[-1]["micro_batch"])
-        saved, hide = clock, not name or start == steps or rank_and_world()[0] > 0
-        for step in tqdm(range(start, steps), name, steps, initial=start, disable=hide):
-            # 1. learning rates
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * (schedule(step, steps) if schedule else 1.0)
-            # 2. the gradient of the batch, clipped to norm 1
-            tokens = batches(step) if callable(batches) else batches[step]
-            row, micro_batch = back_propagate(losses, tokens, micro_batch, trained)
-            row["loss"] = sum(row.values()) / len(row)
-            row["gradient_norm"] = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
-            if bad := [what for what, value in row.items() if not math.isfinite(value)]:
-                raise FloatingPointError(f"{name}: {bad[0]} became {row[bad[0]]} at step {step + 1}"
-                                         f" of {steps}: lower its learning rate")  # fmt: skip
-            # 3. the step, its row, a save when a minute has passed
-            optimizer.step()
-            optimizer.zero_grad()
-            row |= {"step": step + 1, "lr": max(group["lr"] for group in optimizer.param_groups)}
-            row |= {"tokens": tokens.numel(), "micro_batch": micro_batch}
-            history.append({**row, "seconds": time.monotonic() - clock})
-            clock = time.monotonic()
-            due = clock - saved > SECONDS_BETWEEN_SAVES
-            if folder and step + 1 < steps and of_first(due, trained):
-                save(folder, model, history, optimizer)
-                saved = clock = time.monotonic()
-        if folder and start < steps:
-            save(folder, model, history)
-    return history
-
-@contextlib.contextmanager
-def only_trained(model, trained):
-    """Within it the model is in training and nothing but `trained` takes a gradient."""
-    ids = set(map(id, trained))
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    peaks, name = [group["lr"] for group in groups], Path(folder or "").name
     try:
+        model.train()
         for p in others:
             p.requires_grad_(False)
-        yield model.train()
+        history = load(folder, model, optimizer, steps) if folder else []
+        start, saved = len(history), time.monotonic()
+        hide = not name or start == steps or rank_and_world()[0] > 0
+        for step in tqdm(range(start, steps), name, steps, initial=start, disable=hide):
+            clock = time.monotonic()
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * (schedule(step) if schedule else 1.0)
+            tokens = batches(step) if callable(batches) else batches[step]
+            row, micro_batch = back_propagate(losses, tokens, micro_batch, trained)
+            norm = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
+            if not math.isfinite(norm):
+                where = f"{name}: the gradient became {norm} at step {step + 1} of {steps}"
+                raise FloatingPointError(f"{where}: lower its learning rate")
+            optimizer.step()
+            row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm, "step": step + 1}
+            row |= {"lr": max(group["lr"] for group in groups), "micro_batch": micro_batch}
+            history.append(row | {"tokens": tokens.numel(), "seconds": time.monotonic() - clock})
+            last, due = step + 1 == steps, time.monotonic() - saved > SECONDS_BETWEEN_SAVES
+            if folder and gather(last or due)[0]:  # all at once: the first decides
+                save(folder, model, history, None if last else optimizer)
+                saved = time.monotonic()
     finally:
         for p in others:
             p.requires_grad_(True)
         model.eval().zero_grad()
+    return history
 
 def back_propagate(losses, tokens, micro_batch, trained):
-    """Gradients of a batch, micro_batch sequences at a time -> ({name: loss}, micro_batch).
-
-    Processes that share a sharded model take an equal part of the batch each. When GPU memory runs
-    out it starts again with half as many sequences at a time, and says so.
-    """
-    rank, world = rank_and_world() if is_sharded(trained) else (0, 1)
+    """Gradients of a batch, micro_batch sequences at a time, half as many if memory runs out ->
+    ({name: loss}, micro_batch). Processes that share a model take equal parts."""
+    rank, world = rank_and_world() if isinstance(trained[0], DTensor) else (0, 1)
     require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
     mine, sums = tokens.chunk(world)[rank], collections.Counter()
-    if trained[0].is_cuda and not mine.is_cuda:
-        mine = mine.pin_memory()  # a copy to the GPU does not wait for what is queued there
     micro_batch = min(micro_batch or len(mine), len(mine))
+    for p in trained:
+        p.grad = None
     try:
         for part in mine.split(micro_batch):
             for name, loss, factor in losses(part):
@@ -611,22 +546,18 @@ def back_propagate(losses, tokens, micro_batch, trained):
     except torch.OutOfMemoryError:
         if micro_batch == 1 or world > 1:  # the others are within this batch
             raise
-        sums = None
-    if sums is None:  # what the failed try held can be freed only after the `except`
-        loss, half = None, (micro_batch + 1) // 2
-        for p in trained:
-            p.grad = None
-        torch.cuda.empty_cache()
-        print(f"out of GPU memory: {half} sequences at a time from here on", file=sys.stderr)
-        return back_propagate(losses, tokens, half, trained)
-    for loss in sums.values() if world > 1 else ():
-        dist.all_reduce(loss)
-    return {name: float(loss) for name, loss in sums.items()}, micro_batch
+    else:
+        for total in sums.values() if world > 1 else ():
+            dist.all_reduce(total)
+        return {name: float(total) for name, total in sums.items()}, micro_batch
+    loss, half = None, (micro_batch + 1) // 2  # the failed try is freed only after the `except`
+    torch.cuda.empty_cache()
+    print(f"out of GPU memory: {half} sequences at a time from here on", file=sys.stderr)
+    return back_propagate(losses, tokens, half, trained)
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
-    """Optimizer groups: attention, softmax and linear, at `lr`, the rest at `rest_lr` (0: frozen).
-    What takes no gradient stays frozen. Matrices take weight decay 0.01; A_log, dt_bias, norms and
-    biases none: it pulls gates to 0."""
+    """For AdamW: attention at `lr`, the rest at `rest_lr` (0: frozen); what is frozen stays so.
+    Matrices take weight decay 0.01; A_log, dt_bias, norms, biases none: it pulls gates to 0."""
     groups = {}
     for name, p in model.named_parameters():
         rate = lr if ".self_attn." in f".{name}" else rest_lr
@@ -634,58 +565,42 @@ def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
             groups.setdefault((rate, 0.01 if p.ndim >= 2 else 0.0), []).append(p)
     return [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
 
-def cosine(step: int, steps: int, warmup: int, floor: float) -> float:
-    """A schedule: linear warm-up over `warmup` steps, then a cosine from 1 to `floor`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / (steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-# A stage on disk: `folder`/metrics.jsonl, its history up to the newest save, and `folder`/step-N by
-# torch.distributed.checkpoint, which any number of processes reads; on a CPU it ends bit-equal.
-
 def state_of(model, optimizer=None) -> dict:
-    """What a save holds, by name: trained weights and, before the end, optimizer, random state."""
+    """What a save holds: trained weights and, before the end, optimizer and random state."""
     state = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     if optimizer:
-        options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
-        slots = get_optimizer_state_dict(model, optimizer, options=options)
-        state |= {n: slot for n, slot in slots.items() if isinstance(slot, torch.Tensor)}
+        how = dict(options=StateDictOptions(ignore_frozen_params=True))
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, **how)["state"]
         state["random"] = torch.get_rng_state()
     return state
 
 def save(folder, model, history, optimizer=None) -> None:
-    """Of processes that share a sharded model each writes its part, the first one all else."""
-    new, alone = Path(folder) / f"step-{len(history)}", not is_sharded(model.parameters())
-    if first := alone or rank_and_world()[0] == 0:
-        new.parent.mkdir(parents=True, exist_ok=True)
+    """`folder`/metrics.jsonl, the history, and step-N by torch.distributed.checkpoint: of several
+    processes each writes its part, and any number reads it. On a CPU a stage ends bit-equal."""
+    new, first = Path(folder) / f"step-{len(history)}", rank_and_world()[0] == 0
+    if first:
+        new.mkdir(parents=True, exist_ok=True)
         write(new.parent / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-        shutil.rmtree(new, ignore_errors=True)
-    of_first("the folder is empty", model.parameters())
-    dcp.save(state_of(model, optimizer), checkpoint_id=new, no_dist=alone)
+    dcp.save(state_of(model, optimizer), checkpoint_id=new)
     for old in set(new.parent.glob("step-*")) - {new} if first else ():
         shutil.rmtree(old)
 
 def load(folder, model, optimizer, steps: int) -> list[dict]:
-    """Put the newest complete save into model and optimizer; returns the history up to it."""
-    # A save is complete when .metadata is there: it is written, fsynced and renamed last.
+    """Put the newest complete save, whose .metadata came last, in place -> the history up to it."""
     saves = [int(file.parent.name[5:]) for file in Path(folder).glob("step-*/.metadata")]
-    step = of_first(max(saves, default=0), model.parameters())
+    step = gather(max(saves, default=0))[0]
     if step == 0:
         return []
     state = state_of(model, optimizer if step < steps else None)
-    dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}", no_dist=True)  # in place
-    if "random" in state:
-        torch.set_rng_state(state["random"])
+    dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}", no_dist=True)
+    torch.set_rng_state(state.get("random", torch.get_rng_state()))
     rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row) for row in rows[:step]]
 
 def write(path, content) -> None:
-    """Text, or an array as .npy, in a file that is there whole or not at all, whatever happens."""
+    """Text, or an array as .npy, in a file that is there whole or not at all."""
     with open(f"{path}.new", "wb") as file:
         np.save(file, content) if isinstance(content, np.ndarray) else file.write(content.encode())
-        file.flush()
-        os.fsync(file.fileno())
     os.replace(file.name, path)
 
 # ------------------------------------------------------------------ more than one process: torchrun
@@ -700,13 +615,6 @@ def gather(value) -> list:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-def is_sharded(parameters) -> bool:
-    return any(isinstance(p, DTensor) for p in parameters)
-
-def of_first(value, parameters):
-    """What the first of the processes that share these parameters says: all must decide alike."""
-    return gather(value)[0] if is_sharded(parameters) else value
 
 def whole(tensor):
     """A sharded tensor put together, its gradient summed on the way back; any other as it is."""
@@ -739,42 +647,35 @@ def sharded(stage, student, *inputs, **options) -> list[dict]:
 # ---------------------------------------------------------------- stage 1: hidden-state alignment
 
 def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5, **how):
-    """Stage 1: every mixer learns its attention's output, all at once, their gradients apart.
-
+    """Stage 1: every mixer learns its attention's output, in place, their gradients apart.
         loss = mean over layers of alignment_loss(mixer_l(x_l), attn_l(x_l))
-        x_l from the *teacher's* forward pass: its output, not the mixer's, feeds the next layer
-
-    So one teacher pass serves all layers, and nothing of the student but its mixers runs or trains.
-    Trains in place; returns the history, a loss a layer ("layer 3"). Cosine from lr to final_lr,
-    after a warm-up of 50 steps (at most a tenth of all). how: micro_batch, folder, as in `train`.
-    """
-    training = nn.ModuleDict({str(i): mixer for i, mixer in mixers(student).items()})
-    require(len(training), "this student has no linear layer to align")
+    with x_l from one pass of the *teacher*: its output, not the mixer's, feeds the next layer.
+    Returns the history, a loss a layer ("layer 3"). how: micro_batch, folder, as in `train`."""
+    ours, warmup, floor = mixers(student), min(50, steps // 10), final_lr / lr
 
     def losses(tokens):
-        seen = {}  # {layer: (x_l, y_l)}, [B, T, D] each, of one teacher pass
-
-        def remember(i, inputs, y):
-            seen[i] = inputs["hidden_states"], y
-            return y
-
-        with torch.no_grad(), replaced(teacher, mixers(student), remember):
+        seen = {}  # {layer: (x_l, y_l)}, [B, T, D] each
+        remember = lambda i, inputs, y: seen.setdefault(i, (inputs["hidden_states"], y))[1]
+        with torch.no_grad(), replaced(teacher, ours, remember):
             last_hidden(teacher, tokens)
-        for i, mixer in mixers(student).items():
+        for i, mixer in ours.items():
             x, y = seen.pop(i)
             with autocast(student):
                 y_student, _ = mixer(x)
-            yield f"layer {i}", alignment_loss(y_student, y), 1 / len(training)
+            yield f"layer {i}", alignment_loss(y_student, y), 1 / len(ours)
 
-    groups = parameter_groups(nn.ModuleDict({"self_attn": training}), lr, 0)
-    schedule = functools.partial(cosine, warmup=min(50, steps // 10), floor=final_lr / lr)
-    return train(training, groups, losses, batches, steps, schedule=schedule, **how)
+    def cosine(step):  # from 1 to final_lr / lr, after a linear warm-up
+        fall = 0.5 * (1 + math.cos(math.pi * ((step - warmup) / (steps - warmup))))
+        return (step + 1) / warmup if step < warmup else floor + (1 - floor) * fall
+
+    training = nn.ModuleList(ours.values())
+    groups = parameter_groups(training, lr, lr)
+    return train(training, groups, losses, batches, steps, schedule=cosine, **how)
 
 @contextlib.contextmanager
 def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
     """Within it, attention l of layers gives output(l, its keyword arguments, its own output)."""
-    def hook(attention, args, inputs, y):
-        return output(attention.layer_idx, inputs, y[0]), *y[1:]
+    hook = lambda attention, _, inputs, y: (output(attention.layer_idx, inputs, y[0]), *y[1:])
     with contextlib.ExitStack() as hooks:
         for i in layers:
             attention = model.model.layers[i].self_attn
@@ -784,11 +685,9 @@ def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
 # ------------------------------------------------------------- stages 2 and 3: matching, finetuning
 
 class TeacherPass:
-    """tokens [B, T] -> the teacher's last hidden states [B, T, D], made once and remembered.
-
-    All candidates, rows and evaluations see the same batches, so they share them: in host memory,
-    up to `room` bytes (an eighth of it for the processes of a host); what finds none is made again.
-    """
+    """tokens [B, T] -> the teacher's last hidden states [B, T, D], made once and remembered, as all
+    candidates, rows and evaluations see the same batches: in host memory, up to `room` bytes (an
+    eighth of it for the processes of a host). What finds no room is made again."""
     def __init__(self, teacher, room=None):
         check_teacher(teacher)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -808,22 +707,15 @@ class TeacherPass:
 
 def kl_to_teacher(student, teach, tokens):
     """KL(teacher || student), mean over the tokens [B, T]; teach: a TeacherPass."""
-    teacher_hidden, hidden = teach(tokens), last_hidden(student, tokens)
-    return kl_loss(hidden, whole(student.lm_head.weight), teacher_hidden, teach.teacher.lm_head)
+    teachers, hidden = (teach(tokens), teach.teacher.lm_head.weight), last_hidden(student, tokens)
+    return kl_loss(hidden, whole(student.lm_head.weight), *teachers)
 
 def distill_logits(student, teach, batches, steps, lr=1e-4, rest_lr=7e-6, **how) -> list[dict]:
-    """Stage 2, distribution matching: KL(teacher || student), mean over tokens, all parameters.
-
-    teach: the teacher or, to share its passes, a TeacherPass. Starts from the stage-1 student with
-    the chosen layers restored. Constant learning rates, `lr` of attention and `rest_lr` of the rest
-    (0 freezes it). how: micro_batch, folder, as in `train`. Trains in place; returns the history
-    ("kl").
-    """
+    """Stage 2, distribution matching: KL(teacher || student), mean over tokens ("kl"), in place.
+    teach: the teacher or, to share its passes, a TeacherPass. Attention trains at `lr`, the rest at
+    `rest_lr` (0 freezes it), both constant. how: micro_batch, folder, as in `train`."""
     teach = teach if isinstance(teach, TeacherPass) else TeacherPass(teach)
-
-    def losses(tokens):
-        yield "kl", kl_to_teacher(student, teach, tokens), 1.0
-
+    losses = lambda tokens: [("kl", kl_to_teacher(student, teach, tokens), 1.0)]
     return train(student, parameter_groups(student, lr, rest_lr), losses, batches, steps, **how)
 
 def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
@@ -842,20 +734,19 @@ def next_token_loss(hidden, head, tokens):
 def evaluate(model, teach, held_out) -> dict[str, float]:
     """{"kl", "kl_<kind>" of each kind, "perplexity" of "text"}, means over the tokens of
     {kind: [tokens [B, T], ...]}, without dropout."""
-    mode, sums, counts = model.training, collections.Counter(), collections.Counter()
+    sums, counts = collections.Counter(), collections.Counter()
     model.eval()
     for kind, tokens in [(kind, tokens) for kind in held_out for tokens in held_out[kind]]:
-        teacher_hidden, hidden, count = teach(tokens), last_hidden(model, tokens), tokens.numel()
-        head = whole(model.lm_head.weight)
-        kl = float(kl_loss(hidden, head, teacher_hidden, teach.teacher.lm_head))
+        hidden, head = last_hidden(model, tokens), whole(model.lm_head.weight)
+        kl = kl_loss(hidden, head, teach(tokens), teach.teacher.lm_head.weight)
         found = {"kl": kl, f"kl_{kind}": kl}
         if kind == "text":
-            found["perplexity"] = float(next_token_loss(hidden, head, tokens))
-        sums.update({name: value * count for name, value in found.items()})
-        counts.update(dict.fromkeys(found, count))
-    model.train(mode)
-    means = {name: total / counts[name] for name, total in sums.items()}
-    return means | {name: math.exp(means[name]) for name in ("perplexity",) if name in means}
+            found["ce"] = next_token_loss(hidden, head, tokens)
+        sums.update({name: float(loss) * tokens.numel() for name, loss in found.items()})
+        counts.update(dict.fromkeys(found, tokens.numel()))
+    means = {name: sums[name] / counts[name] for name in sums}
+    means["perplexity"] = math.exp(means.pop("ce"))
+    return means
 
 # ---------------------------------------------------------------- stage S: KL-guided selection
 
@@ -952,7 +843,7 @@ def mse(x):
 
 def ppl(x):
     """The same zeroing: the loss on every token, which ranks as perplexity does."""
-    head = x.teach.teacher.lm_head
+    head = x.teach.teacher.lm_head.weight
     return ablate(x, lambda hidden, before, tokens: next_token_loss(hidden, head, tokens))
 
 @torch.no_grad()
@@ -1319,7 +1210,8 @@ def resolve(s, config, parameters: int) -> None:
     s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
     s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
     # sequences at a time, before memory tells
-    s.at_a_time = {n: s.micro_batch or max(1, 2**15 // b.length) for n, b in s.budgets.items()}
+    most = 2**15 if s.large else 2**16  # tokens at a time, before memory tells
+    s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
     # does a candidate, 16 bytes a weight, with its teacher and activations fit the GPU of each?
     memory = torch.cuda.mem_get_info()[1] if s.device.startswith("cuda") else math.inf
     s.shard = world > 1 and 18 * parameters > 0.6 * memory

@@ -430,9 +430,9 @@ def test_an_offloaded_student_works_and_a_teacher_without_its_plain_weights_is_r
         assert torch.equal(*(m(part, **{CACHE: cache}).logits for m, cache in both))
     adapt = lambda x, name: peft.inject_adapter_in_model(peft.LoraConfig(target_modules=[name]), x)
     for sentence, spoil in (
-        ("q_proj.*merge adapters", lambda x: adapt(x, "q_proj")),
-        ("norm.*quantis", lambda x: setattr(x.model.norm, "weight", Quantised(torch.ones(32)))),
-        ("offloaded: load it without device_map", lambda x: offload(x.model.layers[3].mlp)),
+        ("merge adapters", lambda x: adapt(x, "q_proj")),
+        ("quantis", lambda x: setattr(x.model.norm, "weight", Quantised(torch.ones(32)))),
+        ("without .* device_map", lambda x: offload(x.model.layers[3].mlp)),
     ):  # fmt: skip
         spoil(teacher := make_teacher())
         for use in (hd.transfer_attention, hd.TeacherPass):
@@ -557,10 +557,10 @@ def test_chunked_losses_match_the_plain_formulas(chunk, dtype, tolerance):
     (first,) = torch.autograd.grad(hd.kl_loss(h_s, w_s, h_t, w_t) ** 2, h_s, create_graph=True)
     for sentence, call in (
         ("once_differentiable", lambda: first.sum().backward()),
-        ("tokens and a vocabulary", lambda: hd.kl_loss(h_s, w_s, h_t, w_t[:40])),
-        ("mask must be", lambda: hd.kl_loss(h_s, w_s, h_t, w_t, torch.ones(3, 12))),
-        ("labels must be", lambda: hd.cross_entropy_loss(h_s, w_s, labels[:, 1:])),
-        ("bias", lambda: hd.kl_loss(h_s, torch.nn.Linear(8, 50), h_t, w_t)),
+        ("share a vocabulary", lambda: hd.kl_loss(h_s, w_s, h_t, w_t[:40])),
+        ("of the same tokens", lambda: hd.kl_loss(h_s, w_s, h_t, w_t, torch.ones(3, 12))),
+        ("of the same tokens", lambda: hd.cross_entropy_loss(h_s, w_s, labels[:, 1:])),
+        ("of the same tokens", lambda: hd.kl_loss(h_s[:, :9], w_s, h_t, w_t)),
     ):
         with pytest.raises((RuntimeError, ValueError), match=sentence):
             call()
@@ -720,12 +720,12 @@ def test_micro_batches_and_a_full_memory_change_nothing(name, tmp_path, monkeypa
         saved = dict(folder=tmp_path / f"{len(how)}", **how)
         with pytest.raises(IndexError):  # stopped after a step
             trained(batches=[batches(0)], **saved)
-        halved, micro_batch = trained(**saved)  # goes on with pairs, without another try
+        halved, micro_batch = trained(**saved)  # goes on, and halves again
         assert equal(halved, pairs) and micro_batch == 2
-        assert capsys.readouterr().err.count("out of GPU memory: 2 sequences at a time") == 1
+        assert capsys.readouterr().err.count("out of GPU memory: 2 sequences at a time") == 2
 
-@pytest.mark.parametrize("what,loss", [("bad", torch.log), ("gradient_norm", torch.sqrt)])
-def test_a_loss_that_is_not_finite_stops_before_its_step(what, loss):
+@pytest.mark.parametrize("loss", [torch.log, torch.sqrt])
+def test_a_gradient_that_is_not_finite_stops_before_its_step(loss):
     model, seen = torch.nn.Linear(2, 1), []
 
     def losses(batch):
@@ -734,7 +734,7 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(what, loss):
         yield "bad", loss(0 * x) if len(seen) == 3 else x, 1.0
 
     groups = [{"params": [*model.parameters()], "lr": 0.1}]
-    with pytest.raises(FloatingPointError, match=f": {what} became -?(nan|inf) at step 3 of 4: l"):
+    with pytest.raises(FloatingPointError, match="gradient became (nan|inf) at step 3 of 4: l"):
         hd.train(model, groups, losses, batches, 4)
     assert len(seen) == 3 and equal(weights(model), seen[2]) and not equal(seen[1], seen[2])
 
@@ -832,8 +832,7 @@ def test_evaluation_is_without_dropout_and_a_mean_over_tokens():
     hybrid, sums = make_student(teacher, [1]).train(), dict.fromkeys((*parts, "ce"), 0.0)
     hybrid.model.layers[1].self_attn.attention_dropout = 0.5
     found = hd.evaluate(hybrid, hd.TeacherPass(teacher), parts)
-    assert hybrid.training
-    hybrid.eval()
+    assert not hybrid.training
     for kind, x in [(kind, x) for kind in parts for x in parts[kind]]:
         log_p_s, log_p_t = (m(x).logits.detach().log_softmax(-1) for m in (hybrid, teacher))
         sums[kind] += float((log_p_t.exp() * (log_p_t - log_p_s)).sum())
@@ -876,7 +875,7 @@ def test_a_wrong_call_gets_one_sentence():
         ("all-linear", lambda: hd.restore_attention(transfer(teacher, [1]), teacher, [2])),
         ("a teacher that recalls", lambda: select_by(teacher, "ar", recall=lambda _: 0.0)),
         ("batch of 2 or more", lambda: hd.EmbeddedCorpus(0).batches("align", one_row)(0)),
-        ("float16", lambda: hd.TeacherPass(teacher.half())),
+        ("fp16", lambda: hd.TeacherPass(teacher.half())),
     ):
         with pytest.raises(hd.UserError, match=sentence):
             call()

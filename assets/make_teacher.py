@@ -69,7 +69,7 @@ def losses(teacher, text, recall):
     weights[:, recall.shape[1] // 2 :: 2] = 1.0  # the next token is the value of a queried key
     for tokens, mask in ((text, None), (recall, weights)):
         hidden = last_hidden(teacher, tokens)[:, :-1]
-        yield cross_entropy_loss(hidden, teacher.lm_head, tokens[:, 1:], mask)
+        yield cross_entropy_loss(hidden, teacher.lm_head.weight, tokens[:, 1:], mask)
 
 def train(teacher, corpus):
     matrices = [p for p in teacher.model.layers.parameters() if p.ndim == 2]
