@@ -1117,21 +1117,27 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
 @torch.no_grad()
 def recall_accuracy(model, prompts, answers, batch: int = 32) -> float:
     """The share of prompts [N, P] that the model, written greedily, goes on with answer [N, A]."""
-    A, right = answers.shape[1], []
+    right, A = 0, answers.shape[1]
     how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1, pad_token_id=0)
     for tokens, answer in zip(prompts.to(model.device).split(batch), answers.split(batch)):
         how |= dict(attention_mask=torch.ones_like(tokens), repetition_penalty=1.0)
-        right += (model.generate(tokens, **how)[:, -A:].cpu() == answer).all(1).tolist()
-    return sum(right) / len(right)
+        written = model.generate(tokens, **how)[:, -A:]
+        right += int((written.cpu() == answer).all(1).sum())
+    return right / len(prompts)
 
 @torch.no_grad()
 def running_cost(model, length: int) -> dict:
-    """Bytes of the cache of one sequence of so many tokens."""
+    """Of one sequence of so many tokens: bytes of its cache and, on a GPU, tokens/s behind it."""
     tokens = torch.ones(1, length, dtype=torch.long, device=model.device)
     output = model.model(input_ids=tokens, use_cache=True)
     cache = next(value for value in output.values() if isinstance(value, Cache))
-    states = [[x.keys, x.values] for x in cache.layers]
-    return {"cache_bytes": sum(t.nbytes for t in itertools.chain(*states))}
+    found = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
+    seconds = dict.fromkeys((1, 65), math.inf)
+    for new in (1, 65) * 4 if tokens.is_cuda else ():  # the least of four
+        start, how = time.monotonic(), dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        model.generate(tokens, attention_mask=tokens, pad_token_id=0, **how).tolist()
+        seconds[new] = min(seconds[new], time.monotonic() - start)
+    return found | ({"decoded/s": 64 / (seconds[65] - seconds[1])} if tokens.is_cuda else {})
 
 # ------------------------------------------------------------------------- the plumbing: settings
 
@@ -1165,8 +1171,8 @@ PLACES = ", ".join(["3,7,11", *SELECTORS, *RULES, "published[:SCORE]", "all-line
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; what depends on the teacher is filled in by `resolve`."""
-    epilog = f"Stages S, {STAGES}, take --S-tokens, --S-length, --S-batch, --S-lr; select, distill "
-    epilog += f"--S-rest-lr, too, for what is not attention. Defaults: {BUDGETS}"
+    epilog = f"Each of {STAGES} takes --STAGE-tokens, -length, -batch, -lr, and select and distill "
+    epilog += f"-rest-lr, of what is not attention (0: frozen). Defaults: {BUDGETS}"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
     add, hidden = parser.add_argument, argparse.SUPPRESS
     add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
@@ -1183,7 +1189,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of data order, new weights, the random rule [0]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
-    add("--micro-batch", type=int, default=0, help="sequences at a time [2^15 tokens]")
+    add("--micro-batch", type=int, default=0, help="sequences at a time [2^15 or 2^16 tokens]")
     add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
     add("--dry-run", action="store_true", help="try every stage: tokens/s, hours, memory")
     for stage, budget in zip(STAGES, BUDGETS["paper"]):
@@ -1209,10 +1215,9 @@ def resolve(s, config, parameters: int) -> None:
         s.budgets[stage] = b
     s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
     s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
-    # sequences at a time, before memory tells
     most = 2**15 if s.large else 2**16  # tokens at a time, before memory tells
     s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
-    # does a candidate, 16 bytes a weight, with its teacher and activations fit the GPU of each?
+    # is a candidate, of 16 bytes a weight, too large for one GPU with teacher and activations?
     memory = torch.cuda.mem_get_info()[1] if s.device.startswith("cuda") else math.inf
     s.shard = world > 1 and 18 * parameters > 0.6 * memory
 
@@ -1308,8 +1313,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     student = transfer_attention(teacher, mixer=s.mixer)
     if s.large:
         student.gradient_checkpointing_enable()
-    final_lr = b["align"].lr / 100
-    history = train_stage("align", align_hidden_states, student, teacher, final_lr=final_lr)
+    how = dict(final_lr=b["align"].lr / 100)
+    history = train_stage("align", align_hidden_states, student, teacher, **how)
     if s.large:
         student.cpu()  # it is copied for every candidate, and the GPU is theirs
     first = dataclasses.replace(b["select"], tokens=s.select_from)
