@@ -470,8 +470,8 @@ def check_teacher(teacher) -> None:
         stock = kind(copy.deepcopy(teacher.config))
     ours, theirs = ({n: p.shape for n, p in x.state_dict().items()} for x in (teacher, stock))
     kinds = {(type(p), p.is_meta, p.dtype == torch.float16) for p in teacher.parameters()}
-    require(ours == theirs and kinds == {(nn.Parameter, False, False)}, "the teacher must not be "
-            "in fp16: merge adapters, load it without quantisation and device_map")  # fmt: skip
+    require(ours == theirs and kinds == {(nn.Parameter, False, False)}, "the teacher is no plain "
+            "one: merge adapters, load it without quantisation, device_map and fp16")  # fmt: skip
 
 def check_layers(softmax_layers, L: int) -> list[int]:
     """The layers, sorted; UserError if one is outside [0, L) or named twice."""

@@ -432,7 +432,7 @@ def test_an_offloaded_student_works_and_a_teacher_without_its_plain_weights_is_r
     for sentence, spoil in (
         ("merge adapters", lambda x: adapt(x, "q_proj")),
         ("quantis", lambda x: setattr(x.model.norm, "weight", Quantised(torch.ones(32)))),
-        ("without .* device_map", lambda x: offload(x.model.layers[3].mlp)),
+        ("quantisation, device_map", lambda x: offload(x.model.layers[3].mlp)),
     ):  # fmt: skip
         spoil(teacher := make_teacher())
         for use in (hd.transfer_attention, hd.TeacherPass):
