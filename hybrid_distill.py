@@ -534,6 +534,7 @@ def back_propagate(losses, tokens, micro_batch, trained):
     rank, world = rank_and_world() if isinstance(trained[0], DTensor) else (0, 1)
     require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
     mine, sums = tokens.chunk(world)[rank], collections.Counter()
+    mine = mine.pin_memory() if trained[0].is_cuda else mine  # its copies do not wait for the GPU
     micro_batch = min(micro_batch or len(mine), len(mine))
     for p in trained:
         p.grad = None
@@ -745,8 +746,7 @@ def evaluate(model, teach, held_out) -> dict[str, float]:
         sums.update({name: float(loss) * tokens.numel() for name, loss in found.items()})
         counts.update(dict.fromkeys(found, tokens.numel()))
     means = {name: sums[name] / counts[name] for name in sums}
-    means["perplexity"] = math.exp(means.pop("ce"))
-    return means
+    return means | ({"perplexity": math.exp(means.pop("ce"))} if "ce" in means else {})
 
 # ---------------------------------------------------------------- stage S: KL-guided selection
 
