@@ -126,8 +126,7 @@ class Mixer(nn.Module):
                 decay = masked(decay, sequence_starts, -torch.inf)
             if real is not None:  # padding writes nothing (k, v, beta = 0), decays nothing (g = 0)
                 k, v, decay, *more = (masked(t, ~real, 0) for t in (k, v, decay, *more))
-            keep = dict(initial_state=S, output_final_state=state is not None)
-            o, S = self.chunk(q, k, v, decay, *more, **keep)
+            o, S = self.chunk(q, k, v, decay, *more, initial_state=S, output_final_state=bool(state))
             # RMSNorm(o_t) * SiLU(W_g x_t), the norm per head and in fp32
             o = F.rms_norm(o.float(), (self.head_dim,), self.o_norm.float(), 1e-5)
             o = (o * F.silu(gate.float())).to(gate.dtype)
@@ -150,8 +149,8 @@ class GatedDeltaNet(Mixer):
 
         q_t, k_t, v_t = SiLU(W_q x_t), SiLU(W_k x_t), SiLU(W_v x_t)   no RoPE, no short convolution;
                         q and k are then L2-normalised, inside the kernel
-        g_t    = -exp(A_log) softplus(W_a x_t + dt_bias)              log-decay, <= 0
-        beta_t = sigmoid(W_b x_t)                                     write strength
+        g_t    = -exp(A_log) softplus(W_a x_t + dt_bias)              log-decay, <= 0, in fp32
+        beta_t = sigmoid(W_b x_t)                                     write strength, in fp32
         S~_t   = exp(g_t) S_{t-1}                                     S decays first,
         S_t    = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)             then its error is corrected
         o_t    = S_t^T q_t Dh^-1/2                                    (three lines: kernels.py)
@@ -173,7 +172,6 @@ class GatedDeltaNet(Mixer):
 
     def gates(self, x, q, k, v):
         q, k, v = (F.silu(t).to(v.dtype) for t in (q, k, v))  # Qwen3's norms may give fp32
-        # both gates in fp32
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
         return q, k, v, g, self.b_proj(x).float().sigmoid()
 
@@ -220,11 +218,10 @@ class RecurrentState(DynamicLayer):
         raise NotImplementedError("a recurrent state cannot be rolled back: no assisted decoding")
 
 def recurrent_state(cache, layer_idx: int) -> RecurrentState:
-    """The state of one layer, put in the place of its empty KV layer when first asked for: whoever
-    made the cache (`generate`, a pipeline, `DynamicCache()`) need not know of hybrids."""
-    lazy = getattr(cache, "layer_class_to_replicate", None)
-    while lazy and len(cache.layers) <= layer_idx:
-        cache.layers.append(lazy())
+    """The state of one layer, put in the place of its empty KV layer when first asked for, so that
+    who makes the cache (`generate`, a pipeline, `DynamicCache()`) need not know of hybrids."""
+    while isinstance(cache, Cache) and len(cache.layers) <= layer_idx:
+        cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx] if isinstance(cache, Cache) else cache
     if not isinstance(layer, RecurrentState):
         empty = isinstance(layer, DynamicLayer) and not layer.get_seq_length()
@@ -265,8 +262,7 @@ for _base in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCa
     globals()[_config.__name__] = _config
 
 class Norm(nn.RMSNorm):
-    """The teacher's RMSNorm as one kernel, not seven; under autocast in the dtype of the products,
-    or each of them would cast its input for itself."""
+    """The teacher's RMSNorm as one kernel, not seven; under autocast, in its dtype."""
     def __init__(self, norm):
         super().__init__(norm.weight.shape, norm.variance_epsilon, device="meta")
         self.weight = norm.weight
@@ -276,8 +272,7 @@ class Norm(nn.RMSNorm):
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 def swap_attention(model) -> None:
-    """In place: a mixer for every attention that config.softmax_layers does not name, fast norms,
-    and what tells the mixers of padding and packing."""
+    """In place: mixers, one-kernel norms, and what tells mixers of padding and packing."""
     model.model.norm = Norm(model.model.norm)
     for i, layer in enumerate(model.model.layers):
         layer.input_layernorm = Norm(layer.input_layernorm)
