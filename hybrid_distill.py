@@ -126,7 +126,8 @@ class Mixer(nn.Module):
                 decay = masked(decay, sequence_starts, -torch.inf)
             if real is not None:  # padding writes nothing (k, v, beta = 0), decays nothing (g = 0)
                 k, v, decay, *more = (masked(t, ~real, 0) for t in (k, v, decay, *more))
-            o, S = self.chunk(q, k, v, decay, *more, initial_state=S, output_final_state=bool(state))
+            keep = dict(initial_state=S, output_final_state=state is not None)
+            o, S = self.chunk(q, k, v, decay, *more, **keep)
             # RMSNorm(o_t) * SiLU(W_g x_t), the norm per head and in fp32
             o = F.rms_norm(o.float(), (self.head_dim,), self.o_norm.float(), 1e-5)
             o = (o * F.silu(gate.float())).to(gate.dtype)
