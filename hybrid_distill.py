@@ -361,8 +361,8 @@ def cross_entropy_rows(logits, labels, weight):
 def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=None, chunk=1024):
     """KL(teacher || student) of the next-token distributions, mean over tokens, in nats.
     Hidden states [..., D_s], [..., D_t]; heads [V, D_s], [V, D_t]; mask [...], weights, or None.
-    Products in the dtype of the hidden states (in fp16 gradients vanish), sums in fp32 or fp64. Only
-    `chunk` rows of logits exist at a time. ValueError if they are not all of the same tokens."""
+    Products in the dtype of the hidden states (in fp16 gradients vanish), sums in fp32 or fp64. At
+    most `chunk` rows of logits exist at a time. ValueError if the tokens are not the same."""
     W = teacher_head.to(teacher_hidden.dtype)
     rows = lambda logits, hidden, weight: kl_rows(logits, F.linear(hidden, W), weight)
     return mean_of_rows(rows, student_hidden, student_head, teacher_hidden, mask, chunk)
@@ -452,10 +452,9 @@ def check_teacher(teacher) -> None:
             "merge adapters, load it without quantisation, device_map and fp16")  # fmt: skip
 
 def check_layers(softmax_layers, L: int) -> list[int]:
-    """The layers, sorted; UserError if one is outside [0, L) or named twice."""
-    layers = sorted(map(operator.index, softmax_layers))  # also of numpy or torch
-    right = layers == sorted({*layers} & {*range(L)})
-    require(right, f"softmax layers must be distinct and within 0..{L - 1}, not {layers}")
+    """The layers, sorted; UserError if one is outside [0, L)."""
+    layers = sorted({*map(operator.index, softmax_layers)})  # also of numpy or torch
+    require({*layers} <= {*range(L)}, f"softmax layers must be within 0..{L - 1}, not {layers}")
     return layers
 
 # --------------------------------------------------------------- the training loop of every stage
@@ -648,8 +647,8 @@ def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
 # ------------------------------------------------------------- stages 2 and 3: matching, finetuning
 
 class TeacherPass:
-    """tokens [B, T] -> the teacher's last hidden states [B, T, D], remembered, as all candidates and
-    rows see the same batches: in host memory, up to `room` bytes, an eighth of it."""
+    """tokens [B, T] -> the teacher's last hidden states [B, T, D], remembered in host memory, up to
+    `room` bytes (an eighth of it), as all candidates and rows see the same batches."""
     def __init__(self, teacher, room=None):
         check_teacher(teacher)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -758,16 +757,16 @@ class Selection:
 def best_first(importance) -> list[int]:
     return sorted(importance, key=importance.get, reverse=True)
 
-# Each selector: a Selection -> {layer: importance}, larger = keep, or a list of layers, best first.
+# Each selector: a Selection -> {layer: importance}, larger = keep.
 
 def ga_s1(x):
     """The stage-1 loss of each mixer, over the last tenth: the layer that aligns worst stays."""
     last = x.history[-max(1, len(x.history) // 10) :]
     return {i: sum(row[f"layer {i}"] for row in last) / len(last) for i in x.layers}
 
-def ga_s2(x, steps=None):
+def ga_s2(x, steps=None, among=None):
     """I(l) = -KL(teacher || all-linear with only l restored, after a little stage 2): GA-S2."""
-    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}, steps).items()}
+    return {i: -kl for i, kl in x.kl({i: [i] for i in among or x.layers}, steps).items()}
 
 def gr_s2(x):
     """Greedy removal, the complement: I(l) = KL of all softmax but l, after a little stage 2."""
@@ -789,8 +788,8 @@ def ar(x):
 
 @torch.no_grad()
 def ablate(x, error):
-    """The same zeroing: {l: sum over validation tokens of error(hidden, before, tokens)}, of what
-    goes into the head. For mse the paper does not say of what; the loss ranks as perplexity."""
+    """{l: sum over validation tokens of error(what goes into the head when the attention output of
+    l is zeroed, the same as it is, tokens)}. Of what the paper takes the MSE it does not say."""
     sums = dict.fromkeys(x.layers, 0.0)
     for tokens in itertools.chain(*x.validation.values()):
         before = x.teach(tokens)
@@ -810,7 +809,7 @@ def smart(x):
         longer = [[*p, i] for p in paths.values() for i in x.layers if low <= i - p[-1] <= high]
         longer.sort(key=lambda path: sum(importance[i] for i in path))  # the best comes last
         paths = {path[-1]: path for path in longer}
-    return sorted(best_first(importance), key=lambda i: i not in paths.get(end, []))
+    return {i: (i in paths.get(end, []), importance[i]) for i in x.layers}
 
 def greedy(x):
     """GA-S2 iterated: keep the best, score the others beside it, and so on, at K times the cost."""
@@ -818,7 +817,7 @@ def greedy(x):
     while len(kept) < x.k:
         kl = x.kl({i: [*kept, i] for i in x.layers if i not in kept})
         kept.append(min(kl, key=kl.get))
-    return kept
+    return {i: -rank for rank, i in enumerate(kept)}
 
 def gates(x, lr=0.1, pull=0.5):
     """FlashMorph, arXiv 2606.30562: gates a_l in [0, 1], trained jointly, all else frozen.
@@ -847,17 +846,13 @@ def gates(x, lr=0.1, pull=0.5):
     x.spent[name] = steps * x.budget.batch * x.budget.length
     return dict(enumerate(x.scores[name]))
 
-def gates_ga_s2(x):
-    """Gates, then GA-S2 among the best 2 K of them."""
-    kl = x.kl({i: [i] for i in sorted(best_first(gates(x))[: 2 * x.k])})
-    return sorted(kl, key=kl.get)
-
 SELECTORS = {
     "ga-s1": ga_s1, "ga-s2": ga_s2, "gr-s2": gr_s2, "avg-s2": avg_s2, "smart": smart, "ar": ar,
     "zero-shot": functools.partial(ga_s2, steps=0), "greedy": greedy,
     "mse": lambda x: ablate(x, lambda new, old, _: (new - old).float().square().mean()),
     "ppl": lambda x: ablate(x, lambda new, _, ids: next_token_loss(new, x.teach.head, ids)),
-    "gates": gates, "gates+ga-s2": gates_ga_s2,
+    "gates": gates,
+    "gates+ga-s2": lambda x: ga_s2(x, among=sorted(best_first(gates(x))[: 2 * x.k])),
 }  # fmt: skip
 
 def select_layers(x: Selection, strategy="ga-s2", first_steps=None) -> list[int]:
@@ -866,8 +861,7 @@ def select_layers(x: Selection, strategy="ga-s2", first_steps=None) -> list[int]
     the K best are the same twice or x.budget.steps are reached: at up to three times its cost."""
     best, x.steps = None, min(first_steps or x.budget.steps, x.budget.steps)
     while True:
-        known, found = len(x.spent), SELECTORS[strategy](x)
-        ranking = found if isinstance(found, list) else best_first(found)
+        known, ranking = len(x.spent), best_first(SELECTORS[strategy](x))
         agree = set(ranking[: x.k]) == best and len(x.spent) > known  # by a new training
         if agree or x.steps == x.budget.steps or not x.spent:
             return gather(ranking)[0]  # ties may break differently on another GPU

@@ -814,7 +814,8 @@ def test_what_was_scored_is_not_trained_again(tmp_path, monkeypatch, watch):
 def test_candidates_double_until_the_best_agree_twice(k, first, wanted, monkeypatch):
     best = {1: [0, 1], 2: [1, 0], 4: [2, 1], 8: [2, 3], 3: [0, 1], 6: [1, 2], 12: [2, 3], 20: [3]}
     seen, x = [], selection(planted([2]), k, budget=hd.Budget(64 * 20, 16, 4, 1e-3))
-    scripted = lambda x: x.spent.update({x.steps: 1}) or seen.append(x.steps) or best[x.steps]
+    order = lambda layers: {i: -rank for rank, i in enumerate(layers)}
+    scripted = lambda x: x.spent.update({x.steps: 1}) or seen.append(x.steps) or order(best[x.steps])
     monkeypatch.setitem(hd.SELECTORS, "scripted", scripted)
     assert hd.select_layers(x, "scripted", first) == best[wanted[-1]] and seen == wanted
     if wanted == [1, 2]:  # planted: agreed at once; gates are trained once, the others not at all
@@ -860,7 +861,6 @@ def test_a_wrong_call_gets_one_sentence():
     for sentence, call in (
         ("within 0..3", lambda: transfer(teacher, [4])),
         ("within 0..3", lambda: transfer(teacher, [-1])),
-        ("within 0..3", lambda: transfer(teacher, [1, 1])),
         ("mamba", lambda: transfer(teacher, [0], mixer="mamba")),
         ("GPT2LMHeadModel", lambda: transfer(gpt2, [0])),
         ("empty param", lambda: hd.align_hidden_states(transfer(teacher, range(4)), teacher, [], 1)),
