@@ -464,8 +464,8 @@ SECONDS_BETWEEN_SAVES = 60.0
 def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=None, folder=None):
     """The loop behind every stage -> its history, a row a step: {"step", name: loss, "loss", ...}.
     It trains in place, in fp32. rates: AdamW's for attention and for the rest, 0: frozen; what is
-    frozen stays so. losses(tokens) gives (name, loss, factor), each back-propagated before the next.
-    batches: tokens [B, T], a list or a function of the step. schedule(step): a factor on the rates.
+    frozen stays so. losses(tokens) gives (name, loss, factor), back-propagated one by one. batches:
+    tokens [B, T], a list or a function of the step. schedule(step): a factor on the rates.
     micro_batch: sequences at a time, halved when GPU memory runs out. folder: saved there each
     minute and at the end, it goes on from there. UserError for a gradient that is not finite."""
     groups = parameter_groups(model, *rates)
@@ -526,7 +526,7 @@ def back_propagate(model, losses, tokens, micro_batch):
     return back_propagate(model, losses, tokens, half)
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
-    """Weight decay 0.01 for matrices, none for A_log, dt_bias, norms, biases: it pulls gates to 0."""
+    """Weight decay 0.01 on matrices, not on A_log, dt_bias, norms, biases: it pulls gates to 0."""
     groups = {}
     for name, p in model.named_parameters():
         rate = lr if ".self_attn." in name else rest_lr
