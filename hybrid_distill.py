@@ -373,11 +373,11 @@ def cross_entropy_rows(logits, labels, weight):
 def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=None, chunk=1024):
     """KL(teacher || student) of the next-token distributions, mean over tokens, in nats.
     Hidden states [..., D_s], [..., D_t]; heads [V, D_s], [V, D_t]; mask [...], weights, or None.
-    Products in the dtype of the hidden states, sums in fp32 (fp64 for fp64). Gradients reach the
-    student. At most `chunk` rows of logits exist at a time. ValueError for wrong shapes."""
+    Products in the dtype of the hidden states, sums in fp32 or fp64. At most `chunk` rows of logits
+    exist at a time. ValueError if tokens or vocabularies are not the same."""
     if len(student_head) != len(teacher_head):
         raise ValueError("student and teacher must share a vocabulary")
-    W = teacher_head.detach().to(teacher_hidden.dtype)
+    W = teacher_head.to(teacher_hidden.dtype)
     rows = lambda logits, hidden, weight: kl_rows(logits, F.linear(hidden, W), weight)
     return mean_of_rows(rows, student_hidden, student_head, teacher_hidden, mask, chunk)
 
@@ -390,40 +390,42 @@ def mean_of_rows(rows, hidden, head, target, mask, chunk):
     """Mean over tokens of the loss that rows(logits [N, V], target [N, .], weights [N]) gives with
     its gradient by the logits: so one visit to a chunk is enough, and no logits are kept."""
     mask = hidden.new_ones(hidden.shape[:-1]) if mask is None else mask
-    shapes = hidden.shape[:-1], target.shape[: hidden.ndim - 1], mask.shape
-    if len(set(shapes)) > 1:
-        raise ValueError(f"hidden states, targets and mask must be of the same tokens: {shapes}")
+    if not hidden.shape[:-1] == target.shape[: hidden.ndim - 1] == mask.shape:
+        raise ValueError("hidden states, targets and mask must be of the same tokens")
     mask = mask.flatten().to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))
-    weights, total = mask / mask.sum().clamp(min=torch.finfo(mask.dtype).tiny), mask.new_zeros(())
+    weights = mask / mask.sum().clamp(min=1e-30)
     # 1 / tokens would be lost in a 16-bit gradient: a power of two, which rounds nothing, is last
     largest = weights.max().clamp(min=1e-30).log2().ceil().exp2()
     # equal chunks, if up to twice as many give them: another shape would be compiled anew
     least = -(-len(mask) // chunk)
     count = next((n for n in range(least, 2 * least) if len(mask) % n == 0), least)
-    wanted, W = torch.is_grad_enabled(), head.detach().to(hidden.dtype)
-    d_hidden = hidden.new_empty(hidden.shape)
-    d_head = torch.zeros_like(W, dtype=mask.dtype) if wanted and head.requires_grad else None
-    tokens = (x.detach().flatten(0, hidden.ndim - 2) for x in (hidden, target, d_hidden))
-    for h, t, d_h, w in zip(*(x.chunk(count) for x in (*tokens, weights / largest))):
-        loss, d_logits = rows(F.linear(h, W), t, w)
-        total += loss.sum()
-        if wanted:
-            d_h.copy_(d_logits @ W)
-        if d_head is not None:
-            d_head += d_logits.t() @ h
-    return largest * ChunkedLoss.apply(hidden, head, total, d_hidden, d_head)
+    tokens = hidden.flatten(0, -2), target.flatten(0, hidden.ndim - 2), weights / largest
+    return largest * ChunkedLoss.apply(rows, head, count, torch.is_grad_enabled(), *tokens)
 
 class ChunkedLoss(torch.autograd.Function):
-    """A loss whose gradients by hidden states and head are known: see mean_of_rows."""
+    """The sum of a loss by rows, in `count` chunks, its gradients made on the way."""
     @staticmethod
-    def forward(ctx, hidden, head, loss, *gradients):
-        ctx.save_for_backward(*gradients)
-        return loss
+    def forward(ctx, rows, head, count, wanted, hidden, target, weights):
+        total, W = weights.new_zeros(()), head.to(hidden.dtype)
+        d_hidden, d_head = torch.empty_like(hidden), None
+        if wanted and head.requires_grad:
+            d_head = torch.zeros_like(W, dtype=weights.dtype)
+        parts = (x.chunk(count) for x in (hidden, target, weights, d_hidden))
+        for h, t, w, d_h in zip(*parts):
+            loss, d_logits = rows(F.linear(h, W), t, w)
+            total += loss.sum()
+            if wanted:
+                d_h.copy_(d_logits @ W)
+            if d_head is not None:
+                d_head += d_logits.t() @ h
+        ctx.save_for_backward(d_hidden, d_head)
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
-        return *(d if d is None else d * d_loss for d in ctx.saved_tensors), None, None, None
+        d_hidden, d_head = (d if d is None else d * d_loss for d in ctx.saved_tensors)
+        return None, d_head, None, None, d_hidden, None, None
 
 # ------------------------------------------------------------- stage 0: attention weight transfer
 
@@ -442,7 +444,7 @@ def transfer_attention(teacher, softmax_layers=(), mixer="gdn"):
 
 def restore_attention(student, teacher, softmax_layers):
     """A copy of the all-linear student, on its device, with the teacher's attention in layers."""
-    require(not student.config.softmax_layers, "attention is restored in all-linear students alone")
+    require(not student.config.softmax_layers, "only an all-linear student is restored")
     hybrid = copy.deepcopy(student)
     hybrid.config.softmax_layers = check_layers(softmax_layers, len(teacher.model.layers))
     for i in hybrid.config.softmax_layers:
@@ -480,60 +482,55 @@ def check_layers(softmax_layers, L: int) -> list[int]:
 
 SECONDS_BETWEEN_SAVES = 60.0
 
-def train(model, groups, losses, batches, steps, *, schedule=None, micro_batch=None, folder=None):
+def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=None, folder=None):
     """The loop behind every stage -> its history, a row a step: {"step", name: loss, "loss", ...}.
-    `groups`, of AdamW, train in place, in fp32; all else of the model stays. losses(tokens) gives
-    (name, loss, factor), each back-propagated before the next is computed. batches: tokens [B, T],
-    a list or a function of the step. schedule(step): a factor on the learning rates. micro_batch:
-    sequences at a time, halved when GPU memory runs out. folder: saved there each minute and at the
-    end, it goes on from there. FloatingPointError before a step of a gradient that is not finite.
-    """
+    It trains in place, in fp32. rates: AdamW's for attention and for the rest, 0: frozen; what is
+    frozen stays so. losses(tokens) gives (name, loss, factor), back-propagated one by one. batches:
+    tokens [B, T], a list or a function of the step. schedule(step): a factor on the rates.
+    micro_batch: sequences at a time, halved when GPU memory runs out. folder: saved there each
+    minute and at the end, it goes on from there. FloatingPointError for a gradient not finite."""
+    groups = parameter_groups(model, *rates)
     trained = [p for group in groups for p in group["params"]]
-    require(trained, "nothing to train: it is frozen, or it has no linear layer to align")
-    others = {p for p in model.parameters() if p.requires_grad} - set(trained)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=trained[0].is_cuda)
+    require(trained, "nothing to train: all is frozen, or no layer is linear")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=any(p.is_cuda for p in trained))
     peaks, name = [group["lr"] for group in groups], Path(folder or "").name
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        for p in {p for p in model.parameters() if p.requires_grad} - set(trained):
+            at_the_end.callback(p.requires_grad_(False).requires_grad_, True)
+        at_the_end.callback(lambda: model.eval().zero_grad())
         model.train()
-        for p in others:
-            p.requires_grad_(False)
         history = load(folder, model, optimizer, steps) if folder else []
         start, saved = len(history), time.monotonic()
-        hide = not name or start == steps or rank_and_world()[0] > 0
+        hide = not folder or start == steps or rank_and_world()[0] > 0
         for step in tqdm(range(start, steps), name, steps, initial=start, disable=hide):
             clock = time.monotonic()
-            for group, peak in zip(optimizer.param_groups, peaks):
+            for group, peak in zip(groups, peaks):
                 group["lr"] = peak * (schedule(step) if schedule else 1.0)
             tokens = batches(step) if callable(batches) else batches[step]
-            row, micro_batch = back_propagate(losses, tokens, micro_batch, trained)
+            row, micro_batch = back_propagate(model, losses, tokens, micro_batch)
             norm = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
             if not math.isfinite(norm):
                 where = f"{name}: the gradient became {norm} at step {step + 1} of {steps}"
                 raise FloatingPointError(f"{where}: lower its learning rate")
             optimizer.step()
-            row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm, "step": step + 1}
-            row |= {"lr": max(group["lr"] for group in groups), "micro_batch": micro_batch}
-            history.append(row | {"tokens": tokens.numel(), "seconds": time.monotonic() - clock})
+            row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm}
+            row |= {"step": step + 1, "micro_batch": micro_batch, "tokens": tokens.numel()}
+            history.append(row | {"seconds": time.monotonic() - clock})
             last, due = step + 1 == steps, time.monotonic() - saved > SECONDS_BETWEEN_SAVES
             if folder and gather(last or due)[0]:  # all at once: the first decides
                 save(folder, model, history, None if last else optimizer)
                 saved = time.monotonic()
-    finally:
-        for p in others:
-            p.requires_grad_(True)
-        model.eval().zero_grad()
     return history
 
-def back_propagate(losses, tokens, micro_batch, trained):
+def back_propagate(model, losses, tokens, micro_batch):
     """Gradients of a batch, micro_batch sequences at a time, half as many if memory runs out ->
     ({name: loss}, micro_batch). Processes that share a model take equal parts."""
-    rank, world = rank_and_world() if isinstance(trained[0], DTensor) else (0, 1)
-    require(len(tokens) % world == 0, f"{world} processes cannot share {len(tokens)} sequences")
-    mine, sums = tokens.chunk(world)[rank], collections.Counter()
-    mine = mine.pin_memory() if trained[0].is_cuda else mine  # its copies do not wait for the GPU
+    some = next(model.parameters())
+    rank, world = rank_and_world() if isinstance(some, DTensor) else (0, 1)
+    mine, sums = tokens.unflatten(0, (world, -1))[rank], collections.Counter()
+    mine = mine.pin_memory() if some.is_cuda else mine  # its copies do not wait for the GPU
     micro_batch = min(micro_batch or len(mine), len(mine))
-    for p in trained:
-        p.grad = None
+    model.zero_grad()
     try:
         for part in mine.split(micro_batch):
             for name, loss, factor in losses(part):
@@ -550,36 +547,33 @@ def back_propagate(losses, tokens, micro_batch, trained):
     loss, half = None, (micro_batch + 1) // 2  # the failed try is freed only after the `except`
     torch.cuda.empty_cache()
     print(f"out of GPU memory: {half} sequences at a time from here on", file=sys.stderr)
-    return back_propagate(losses, tokens, half, trained)
+    return back_propagate(model, losses, tokens, half)
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
-    """For AdamW: attention at `lr`, the rest at `rest_lr` (0: frozen); what is frozen stays so.
-    Matrices take weight decay 0.01; A_log, dt_bias, norms, biases none: it pulls gates to 0."""
+    """Weight decay 0.01 on matrices, not on A_log, dt_bias, norms, biases: it pulls gates to 0."""
     groups = {}
     for name, p in model.named_parameters():
-        rate = lr if ".self_attn." in f".{name}" else rest_lr
+        rate = lr if ".self_attn." in name else rest_lr
         if rate > 0 and p.requires_grad:
             groups.setdefault((rate, 0.01 if p.ndim >= 2 else 0.0), []).append(p)
     return [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
 
 def state_of(model, optimizer=None) -> dict:
-    """What a save holds: trained weights and, before the end, optimizer and random state."""
+    """What a save holds: random state, trained weights and, before the end, the optimizer's."""
     state = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     if optimizer:
         how = dict(options=StateDictOptions(ignore_frozen_params=True))
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, **how)["state"]
-        state["random"] = torch.get_rng_state()
-    return state
+    return state | {"random": torch.get_rng_state()}
 
 def save(folder, model, history, optimizer=None) -> None:
-    """`folder`/metrics.jsonl, the history, and step-N by torch.distributed.checkpoint: of several
-    processes each writes its part, and any number reads it. On a CPU a stage ends bit-equal."""
+    """`folder`/metrics.jsonl and step-N, a part by each process, which any number can read."""
     new, first = Path(folder) / f"step-{len(history)}", rank_and_world()[0] == 0
     if first:
         new.mkdir(parents=True, exist_ok=True)
         write(new.parent / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     dcp.save(state_of(model, optimizer), checkpoint_id=new)
-    for old in set(new.parent.glob("step-*")) - {new} if first else ():
+    for old in {*new.parent.glob("step-*")} - {new} if first else ():
         shutil.rmtree(old)
 
 def load(folder, model, optimizer, steps: int) -> list[dict]:
@@ -590,7 +584,7 @@ def load(folder, model, optimizer, steps: int) -> list[dict]:
         return []
     state = state_of(model, optimizer if step < steps else None)
     dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}", no_dist=True)
-    torch.set_rng_state(state.get("random", torch.get_rng_state()))
+    torch.set_rng_state(state["random"])
     rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row) for row in rows[:step]]
 
@@ -619,16 +613,14 @@ def whole(tensor):
     return tensor.full_tensor(grad_placements=[Partial()]) if sharded else tensor
 
 def shard(model):
-    """In place: the causal LM with weights, gradients and optimizer sharded over all processes: a
-    trained parameter takes 16 / world bytes. Losses take the head from whole(lm_head.weight)."""
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    layers, heads = [*model.model.layers], [] if tied else [model.lm_head]
-    for module in (*(layer.self_attn for layer in layers), *layers, model.model, *heads):
+    """In place: the causal LM sharded over all processes. Losses take whole(lm_head.weight)."""
+    attentions = [layer.self_attn for layer in model.model.layers]
+    heads = [] if model.config.tie_word_embeddings else [model.lm_head]
+    for module in (*attentions, *model.model.layers, model.model, *heads):
         fully_shard(module)
         module.set_gradient_divide_factor(1.0)  # summed, not averaged: see back_propagate
         module.set_force_sum_reduction_for_comms(True)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.tie_weights()
     return model
 
 def sharded(stage, student, *inputs, **options) -> list[dict]:
@@ -645,9 +637,9 @@ def sharded(stage, student, *inputs, **options) -> list[dict]:
 
 def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5, **how):
     """Stage 1: every mixer learns its attention's output, in place, their gradients apart.
-        loss = mean over layers of alignment_loss(mixer_l(x_l), attn_l(x_l))
-    with x_l from one pass of the *teacher*: its output, not the mixer's, feeds the next layer.
-    Returns the history, a loss a layer ("layer 3"). how: micro_batch, folder, as in `train`."""
+        loss = mean over layers and tokens of ||attn_l(x_l) - mixer_l(x_l)||_2 D^-1/2
+    with x_l from one pass of the *teacher*: its output, not the mixer's, feeds the next layer. The
+    history has a loss a layer ("layer 3"). how: micro_batch, folder, as in `train`."""
     ours, warmup, floor = mixers(student), min(50, steps // 10), final_lr / lr
 
     def losses(tokens):
@@ -665,9 +657,8 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
         fall = 0.5 * (1 + math.cos(math.pi * ((step - warmup) / (steps - warmup))))
         return (step + 1) / warmup if step < warmup else floor + (1 - floor) * fall
 
-    training = nn.ModuleList(ours.values())
-    groups = parameter_groups(training, lr, lr)
-    return train(training, groups, losses, batches, steps, schedule=cosine, **how)
+    model = nn.ModuleList(ours.values())
+    return train(model, (lr, lr), losses, batches, steps, schedule=cosine, **how)
 
 @contextlib.contextmanager
 def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
@@ -682,14 +673,13 @@ def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
 # ------------------------------------------------------------- stages 2 and 3: matching, finetuning
 
 class TeacherPass:
-    """tokens [B, T] -> the teacher's last hidden states [B, T, D], made once and remembered, as all
-    candidates, rows and evaluations see the same batches: in host memory, up to `room` bytes (an
-    eighth of it for the processes of a host). What finds no room is made again."""
+    """tokens [B, T] -> the teacher's last hidden states [B, T, D], remembered in host memory, up to
+    `room` bytes (an eighth of it), as all candidates and rows see the same batches."""
     def __init__(self, teacher, room=None):
         check_teacher(teacher)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        share = memory // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.teacher, self.room, self.made = teacher, share if room is None else room, {}
+        self.room = memory // (8 * rank_and_world()[1]) if room is None else room
+        self.teacher, self.head, self.made = teacher, teacher.lm_head.weight, {}
 
     @torch.no_grad()
     def __call__(self, tokens):
@@ -704,16 +694,16 @@ class TeacherPass:
 
 def kl_to_teacher(student, teach, tokens):
     """KL(teacher || student), mean over the tokens [B, T]; teach: a TeacherPass."""
-    teachers, hidden = (teach(tokens), teach.teacher.lm_head.weight), last_hidden(student, tokens)
-    return kl_loss(hidden, whole(student.lm_head.weight), *teachers)
+    target, hidden = teach(tokens), last_hidden(student, tokens)
+    return kl_loss(hidden, whole(student.lm_head.weight), target, teach.head)
 
 def distill_logits(student, teach, batches, steps, lr=1e-4, rest_lr=7e-6, **how) -> list[dict]:
-    """Stage 2, distribution matching: KL(teacher || student), mean over tokens ("kl"), in place.
-    teach: the teacher or, to share its passes, a TeacherPass. Attention trains at `lr`, the rest at
-    `rest_lr` (0 freezes it), both constant. how: micro_batch, folder, as in `train`."""
+    """Stage 2, distribution matching: KL(teacher || student), mean over tokens ("kl"), attention at
+    `lr`, the rest at `rest_lr` (0: frozen), in place. teach: TeacherPass or teacher. how: `train`.
+    """
     teach = teach if isinstance(teach, TeacherPass) else TeacherPass(teach)
     losses = lambda tokens: [("kl", kl_to_teacher(student, teach, tokens), 1.0)]
-    return train(student, parameter_groups(student, lr, rest_lr), losses, batches, steps, **how)
+    return train(student, (lr, rest_lr), losses, batches, steps, **how)
 
 def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
     """Stage 3: cross-entropy on longer sequences, all parameters at `lr`, no teacher ("ce")."""
@@ -721,7 +711,7 @@ def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
         hidden, head = last_hidden(student, tokens), whole(student.lm_head.weight)
         yield "ce", next_token_loss(hidden, head, tokens), 1.0
 
-    return train(student, parameter_groups(student, lr, lr), losses, batches, steps, **how)
+    return train(student, (lr, lr), losses, batches, steps, **how)
 
 def next_token_loss(hidden, head, tokens):
     """-log p of the next token, mean over [B, T - 1], given hidden [B, T, D] of tokens [B, T]."""
@@ -729,13 +719,12 @@ def next_token_loss(hidden, head, tokens):
 
 @torch.no_grad()
 def evaluate(model, teach, held_out) -> dict[str, float]:
-    """{"kl", "kl_<kind>" of each kind, "perplexity" of "text"}, means over the tokens of
-    {kind: [tokens [B, T], ...]}, without dropout."""
+    """{"kl", "kl_<kind>", "perplexity" of "text"}: means over held_out {kind: [tokens [B, T]]}."""
     sums, counts = collections.Counter(), collections.Counter()
     model.eval()
     for kind, tokens in [(kind, tokens) for kind in held_out for tokens in held_out[kind]]:
         hidden, head = last_hidden(model, tokens), whole(model.lm_head.weight)
-        kl = kl_loss(hidden, head, teach(tokens), teach.teacher.lm_head.weight)
+        kl = kl_loss(hidden, head, teach(tokens), teach.head)
         found = {"kl": kl, f"kl_{kind}": kl}
         if kind == "text":
             found["ce"] = next_token_loss(hidden, head, tokens)
@@ -762,10 +751,10 @@ class Selection:
     shard: bool = False  # a candidate is too large for one of several processes
 
     def __post_init__(self):
-        self.layers, self.steps, self.spent = [*mixers(self.student)], self.budget.steps, {}
-        L, linear = len(self.student.model.layers), len(self.layers)
-        right = 1 <= self.k <= linear == L
-        require(right, f"select 1..{L} layers of an all-linear student, not {self.k} of {linear}")
+        self.teacher, self.layers = self.teach.teacher, range(len(self.student.model.layers))
+        self.steps, self.spent, L = self.budget.steps, {}, len(self.layers)
+        right = 1 <= self.k <= L == len(mixers(self.student))
+        require(right, f"give 1 <= k <= {L} and a student that is all-linear, not k = {self.k}")
         files = self.file.parent.glob(f"{self.file.name}.*.json") if self.file else ()
         found = gather([json.loads(file.read_text()) for file in files])[0]
         self.scores = dict(collections.ChainMap(*found))
@@ -777,15 +766,16 @@ class Selection:
         keys = {name: f"{sorted(layers)} after {steps}" for name, layers in sets.items()}
         rank, world = (0, 1) if self.shard else rank_and_world()
         for name in [name for name in sets if keys[name] not in self.scores][rank::world]:
-            hybrid = restore_attention(self.student, self.teach.teacher, sets[name])
-            hybrid = shard(hybrid) if self.shard else hybrid.to(self.teach.teacher.device)
+            hybrid = restore_attention(self.student, self.teacher, sets[name])
+            hybrid = shard(hybrid) if self.shard else hybrid.to(self.teacher.device)
             if steps:
                 args = self.batches, steps, self.budget.lr, self.budget.rest_lr
                 history = distill_logits(hybrid, self.teach, *args, micro_batch=self.micro_batch)
                 self.micro_batch = history[-1]["micro_batch"]  # as memory allowed
             self.remember(keys[name], evaluate(hybrid, self.teach, self.validation))
         self.scores = dict(collections.ChainMap(*gather(self.scores)))
-        self.spent |= {keys[name]: steps for name in sets if steps}
+        cost = steps * self.budget.batch * self.budget.length
+        self.spent |= {keys[name]: cost for name in sets if steps}
         return {name: self.scores[keys[name]]["kl"] for name in sets}
 
     def remember(self, name, score):
@@ -793,23 +783,19 @@ class Selection:
         if self.file:
             write(f"{self.file}.{rank_and_world()[0]}.json", json.dumps(self.scores))
 
-    @property
-    def tokens(self) -> int:  # that candidates trained on
-        return sum(self.spent.values()) * self.budget.batch * self.budget.length
-
 def best_first(importance) -> list[int]:
     return sorted(importance, key=importance.get, reverse=True)
 
-# Each selector: a Selection -> {layer: importance}, larger = keep, or a list of layers, best first.
+# Each selector: a Selection -> {layer: importance}, larger = keep.
 
 def ga_s1(x):
     """The stage-1 loss of each mixer, over the last tenth: the layer that aligns worst stays."""
     last = x.history[-max(1, len(x.history) // 10) :]
     return {i: sum(row[f"layer {i}"] for row in last) / len(last) for i in x.layers}
 
-def ga_s2(x):
+def ga_s2(x, steps=None, among=None):
     """I(l) = -KL(teacher || all-linear with only l restored, after a little stage 2): GA-S2."""
-    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}).items()}
+    return {i: -kl for i, kl in x.kl({i: [i] for i in among or x.layers}, steps).items()}
 
 def gr_s2(x):
     """Greedy removal, the complement: I(l) = KL of all softmax but l, after a little stage 2."""
@@ -820,113 +806,91 @@ def avg_s2(x):
     ranks = [best_first(importance) for importance in (ga_s2(x), gr_s2(x))]
     return {i: -sum(rank.index(i) for rank in ranks) / 2 for i in x.layers}
 
-def zero_shot(x):
-    """GA-S2 without training."""
-    return {i: -kl for i, kl in x.kl({i: [i] for i in x.layers}, steps=0).items()}
-
 def ar(x):
     """The drop of the teacher's recall accuracy when the attention output of l is zeroed."""
-    before, drop = x.recall(x.teach.teacher), {}
+    before, drop = x.recall(x.teacher), {}
     for i in x.layers:
-        with replaced(x.teach.teacher, [i]):
-            drop[i] = before - x.recall(x.teach.teacher)
+        with replaced(x.teacher, [i]):
+            drop[i] = before - x.recall(x.teacher)
     require(max(drop.values()) > 0, f"ar needs a teacher that recalls: it finds {before:.1%}")
     return drop
 
-def mse(x):
-    """The same zeroing: mean squared error of what goes into the head (the paper: not said)."""
-    return ablate(x, lambda hidden, before, tokens: (hidden - before).float().square().mean())
-
-def ppl(x):
-    """The same zeroing: the loss on every token, which ranks as perplexity does."""
-    head = x.teach.teacher.lm_head.weight
-    return ablate(x, lambda hidden, before, tokens: next_token_loss(hidden, head, tokens))
-
 @torch.no_grad()
 def ablate(x, error):
-    """{l: sum over validation tokens of error(hidden states without l, with l, tokens)}."""
+    """{l: sum over validation tokens of error(what goes into the head when the attention output of
+    l is zeroed, the same as it is, tokens)}. Of what the paper takes the MSE it does not say."""
     sums = dict.fromkeys(x.layers, 0.0)
     for tokens in itertools.chain(*x.validation.values()):
         before = x.teach(tokens)
         for i in x.layers:
-            with replaced(x.teach.teacher, [i]):
-                hidden = last_hidden(x.teach.teacher, tokens)
+            with replaced(x.teacher, [i]):
+                hidden = last_hidden(x.teacher, tokens)
             sums[i] += float(error(hidden, before, tokens)) * tokens.numel()
     return sums
 
 def smart(x):
     """Spread-out sensitivity: of all sets with the first and last layer, and with gaps between
     floor(G) - 1 and ceil(G) + 1, G = (L-1)/(K-1), that with the largest sum of zero-shot scores."""
-    importance, end = zero_shot(x), x.layers[-1]
-    if x.k == 1:
-        return importance
-    low, high = max(1, end // (x.k - 1) - 1), -(-end // (x.k - 1)) + 1
+    importance, end, gaps = ga_s2(x, steps=0), x.layers[-1], max(1, x.k - 1)
+    low, high = max(1, end // gaps - 1), -(-end // gaps) + 1
     paths = {0: [0]}  # {layer: the best path that ends there}
     for _ in range(x.k - 1):
         longer = [[*p, i] for p in paths.values() for i in x.layers if low <= i - p[-1] <= high]
         longer.sort(key=lambda path: sum(importance[i] for i in path))  # the best comes last
         paths = {path[-1]: path for path in longer}
-    return sorted(best_first(importance), key=lambda i: i not in paths[end])
+    return {i: (i in paths.get(end, []), importance[i]) for i in x.layers}
 
 def greedy(x):
-    """GA-S2 iterated: keep the best, score the others with it kept, and so on. It does not pick two
-    layers that do the same job, and costs about K times as much."""
+    """GA-S2 iterated: keep the best, score the others beside it, and so on, at K times the cost."""
     kept = []
     while len(kept) < x.k:
         kl = x.kl({i: [*kept, i] for i in x.layers if i not in kept})
         kept.append(min(kl, key=kl.get))
-    return kept
+    return {i: -rank for rank, i in enumerate(kept)}
 
 def gates(x, lr=0.1, pull=0.5):
     """FlashMorph, arXiv 2606.30562: gates a_l in [0, 1], trained jointly, all else frozen.
-
         y_l  = a_l attn_l(x) + (1 - a_l) mixer_l(x),   a_l = sigmoid(theta_l), 1/2 at first
-        loss = KL(teacher || student) + pull mean_l(a_l)
-    """
-    device = x.teach.teacher.device
-    student = restore_attention(x.student, x.teach.teacher, x.layers).to(device).train()
-    linear = copy.deepcopy(nn.ModuleList(mixers(x.student).values())).to(device)
-    student.requires_grad_(False), linear.requires_grad_(False)
-    theta = nn.Parameter(torch.zeros(len(linear), device=device, dtype=torch.float32))
+        loss = KL(teacher || student) + pull mean_l(a_l)"""
+    student = restore_attention(x.student, x.teacher, x.layers)
+    student.linear = copy.deepcopy(nn.ModuleList(mixers(x.student).values()))
+    student.to(x.teacher.device).requires_grad_(False).train()
+    theta = nn.Parameter(torch.zeros(len(x.layers), device=student.device, dtype=torch.float32))
 
     def mixed(i, inputs, y):
         a = theta[i].sigmoid()
-        return (a * y + (1 - a) * linear[i](**inputs)[0]).to(y.dtype)
+        return (a * y + (1 - a) * student.linear[i](**inputs)[0]).to(y.dtype)
 
     def losses(tokens):
         yield "kl", kl_to_teacher(student, x.teach, tokens), 1.0
         yield "gates", theta.sigmoid().mean(), pull
 
     # Adam's first steps are as long for every gate: they need many to part.
-    steps = max(100, x.steps) if callable(x.batches) else x.steps
+    steps = max(100, x.steps)
     if (name := f"gates {lr} {pull} after {steps}") not in x.scores:
-        groups = [{"params": [theta], "lr": lr, "weight_decay": 0.0}]
-        args = nn.ParameterList([theta]), groups, losses, x.batches, steps
+        model = nn.ParameterList([theta])
         with replaced(student, x.layers, mixed):
-            train(*args, micro_batch=x.micro_batch)
+            train(model, (lr, lr), losses, x.batches, steps, micro_batch=x.micro_batch)
         x.remember(name, gather(theta.sigmoid().tolist())[0])  # processes must go on alike
-    x.spent[name] = steps
+    x.spent[name] = steps * x.budget.batch * x.budget.length
     return dict(enumerate(x.scores[name]))
 
-def gates_ga_s2(x):
-    """Gates, then GA-S2 among the best 2 K of them."""
-    kl = x.kl({i: [i] for i in sorted(best_first(gates(x))[: 2 * x.k])})
-    return sorted(kl, key=kl.get)
-
-SELECTORS = {"ga-s1": ga_s1, "ga-s2": ga_s2, "gr-s2": gr_s2, "avg-s2": avg_s2, "ar": ar, "mse": mse,
-             "ppl": ppl, "zero-shot": zero_shot, "smart": smart, "greedy": greedy, "gates": gates,
-             "gates+ga-s2": gates_ga_s2}  # fmt: skip
+SELECTORS = {
+    "ga-s1": ga_s1, "ga-s2": ga_s2, "gr-s2": gr_s2, "avg-s2": avg_s2, "smart": smart, "ar": ar,
+    "zero-shot": functools.partial(ga_s2, steps=0), "greedy": greedy,
+    "mse": lambda x: ablate(x, lambda new, old, _: (new - old).float().square().mean()),
+    "ppl": lambda x: ablate(x, lambda new, _, ids: next_token_loss(new, x.teach.head, ids)),
+    "gates": gates,
+    "gates+ga-s2": lambda x: ga_s2(x, among=sorted(best_first(gates(x))[: 2 * x.k])),
+}  # fmt: skip
 
 def select_layers(x: Selection, strategy="ga-s2", first_steps=None) -> list[int]:
     """The layers by a score in SELECTORS, best first: x.k of them stay softmax.
-
     first_steps: candidates train for so many steps, then anew for 2, 4, ... times as many, until
-    the K best are the same twice or x.budget.steps are reached: at up to three times its cost.
-    """
+    the K best are the same twice or x.budget.steps are reached: at up to three times its cost."""
     best, x.steps = None, min(first_steps or x.budget.steps, x.budget.steps)
     while True:
-        known, found = len(x.spent), SELECTORS[strategy](x)
-        ranking = found if isinstance(found, list) else best_first(found)
+        known, ranking = len(x.spent), best_first(SELECTORS[strategy](x))
         agree = set(ranking[: x.k]) == best and len(x.spent) > known  # by a new training
         if agree or x.steps == x.budget.steps or not x.spent:
             return gather(ranking)[0]  # ties may break differently on another GPU
@@ -946,8 +910,8 @@ def published_layers(score: str, k: int, teacher_name: str) -> list[int]:
     file = Path(__file__).parent / "assets" / "published.json"
     name, score = Path(teacher_name).name, score.partition(":")[2] or "ga_s2"
     layers = json.loads(file.read_text()).get(name, {}).get(score, [])
-    sets_alone = score == "ga_s2" and len(layers) == 9 and k not in (7, 9)
-    known = k <= len(layers) and not sets_alone
+    only_sets = score == "ga_s2" and len(layers) == 9 and k not in (7, 9)
+    known = k <= len(layers) and not only_sets
     require(known, f"no {k} layers are published for {name!r} by {score}: see {file}")
     return layers[:k]
 
@@ -1324,7 +1288,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         torch.manual_seed(s.seed)
         x.spent = {}
         layers = s.placed[name] if name in s.placed else select_layers(x, name, first.steps)
-        chosen[name], costs[name] = layers[: s.softmax_layers], x.tokens
+        chosen[name], costs[name] = layers[: s.softmax_layers], sum(x.spent.values())
     place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
     for name, layers in chosen.items():
         model = teacher
