@@ -40,6 +40,7 @@ import shlex
 import shutil
 import sys
 import time
+import timeit
 import warnings
 from pathlib import Path
 
@@ -961,10 +962,6 @@ def seeded(*name) -> torch.Generator:
     digest = hashlib.sha256(json.dumps(name).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
-def byte_tokenizer():
-    """The embedded teacher's: <pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3."""
-    return AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
-
 class Corpus:
     """A stream of token ids [N]: first the validation part, then the test part, then train."""
 
@@ -983,8 +980,9 @@ class Corpus:
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part."""
-        draw = lambda step: seeded(self.seed, stage, step)
-        kinds = lambda step: self.sample("train", b.batch, b.length, draw(step))
+        size = "train", b.batch, b.length
+        kinds = lambda step: self.sample(*size, seeded(self.seed, stage, step))
+        kinds(0)  # too little data is told before anything trains
         return lambda step: torch.cat([*kinds(step).values()])
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
@@ -995,45 +993,53 @@ class Corpus:
     def recall(self, model, part="test", lengths=(512, 1024, 2048, 4096), count=32) -> dict:
         """The share of needles found, one or one of four, in so many tokens of a part."""
         found, filler = {}, self.parts[part]
-        for length, needles in itertools.product(lengths, (1, 4)):
-            if self.tokenizer and length < len(filler):
-                draw = seeded(self.seed, part, length, needles)
-                prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
-                found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
+        fitting = [length for length in lengths if length < len(filler)]
+        for length, needles in itertools.product(fitting, (1, 4)):
+            draw = seeded(self.seed, part, length, needles)
+            prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
+            found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
         return {"recall": sum(found.values()) / len(found) if found else None, "needles": found}
 
 class EmbeddedCorpus(Corpus):
     """Half of each batch is text as bytes, the standard library of Python and pydoc_data.topics,
-    split by file; half is recall: as many pairs `k v k v ...` of distinct keys and random values as
-    fit, then the keys in another order, each with its value. On text alone another layer wins."""
+    split by file, byte b as token b + 3; half is recall. On text alone another layer wins."""
     def __init__(self, seed: int):
-        import pydoc_data.topics
+        from pydoc_data.topics import topics
         library = Path(os.__file__).parent
         files = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
         skip = {"site-packages", "dist-packages", "test", "pydoc_data", "idlelib", "lib2to3"}
         texts = [file.read_bytes() for file in files if file.parent.name not in skip]
-        texts += [text.encode() for _, text in sorted(pydoc_data.topics.topics.items())]
+        texts += [text.encode() for _, text in sorted(topics.items())]
         self.seed, self.parts = seed, {}
         for part, tenths in ("validation", [8]), ("test", [9]), ("train", range(8)):
             text = b"".join(text for i, text in enumerate(texts) if i % 10 in tenths)
             self.parts[part] = np.frombuffer(text, np.uint8).astype(np.int64) + 3
 
     def sample(self, part, count, length, draw, pairs=None):
-        """{"text", "recall"}, half of `count` each, `pairs` of keys and values in a row."""
+        """{"text", "recall"}, half of `count` each, recall of 32 pairs, or as many as fit twice."""
         require(count > 1, "each half of a batch is of a kind: give a batch of 2 or more")
         n, pairs = count // 2, pairs or min(length // 4, 32)
-        starts = torch.randint(len(self.parts[part]) - length, (count - n, 1), generator=draw)
-        text = torch.from_numpy(self.parts[part][starts.numpy() + np.arange(length)])
-        known = recall_prompts(pairs, n, draw)[0][:, :-1].view(n, pairs, 2)
-        rounds = -(-length // (2 * pairs))
-        order = torch.rand(n, rounds, pairs, generator=draw).argsort(2).flatten(1)
-        asked = known.gather(1, order[..., None].expand(-1, -1, 2))
-        return {"text": text, "recall": torch.cat([known, asked], 1).flatten(1)[:, :length]}
+        starts = torch.randint(len(self.parts[part]) - length, (count - n,), generator=draw)
+        text = torch.from_numpy(self.parts[part]).unfold(0, length, 1)[starts]
+        recall = recall_rows(n, pairs, -(-length // (2 * pairs)), draw)[:, :length]
+        return {"text": text, "recall": recall}
 
     def recall(self, model, part="test", count=256) -> dict:
-        """The share of right answers to prompts of 32 pairs; chance is 6 %."""
-        prompts = recall_prompts(32, count, seeded(self.seed, "recall", part))
-        return {"recall": recall_accuracy(model, *prompts)}
+        """The share of right answers to one key of 32 pairs; chance is 6 %."""
+        rows = recall_rows(count, 32, 0, seeded(self.seed, "recall", part))
+        return {"recall": recall_accuracy(model, rows[:, :-1], rows[:, -1:])}
+
+def recall_rows(count: int, pairs: int, rounds: int, draw):
+    """Rows of `k v` pairs, distinct keys of 32 and values of 16, all single bytes; then `rounds`
+    times the keys in another order, each with its value: [count, 2 pairs (1 + rounds)]. With
+    rounds = 0 one key is asked: [count, 2 pairs + 2]."""
+    k = 68 + torch.rand(count, 32, generator=draw).argsort(1)[:, :pairs]
+    v = 100 + torch.randint(16, (count, pairs), generator=draw)
+    order = torch.randint(pairs, (count, 1), generator=draw)
+    if rounds:
+        order = torch.rand(count, rounds, pairs, generator=draw).argsort(2).flatten(1)
+    k, v = (torch.cat([t, t.gather(1, order)], 1) for t in (k, v))
+    return torch.stack([k, v], -1).flatten(1)
 
 def load_tokens(s, tokenizer):
     """--data as ids [N]: a .npy as it is; of text, tokenised once, what the stages take."""
@@ -1058,7 +1064,7 @@ def load_tokens(s, tokenizer):
 
 def tokenised(s, files, tokenizer):
     """Yields the ids of text: documents in a seeded order, each closed with EOS."""
-    kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
     local = {str(file): kinds[file.suffix] for file in files if file.suffix in kinds}
     (kind, *others), how = {*local.values()} or {s.data}, {}
     require(not others and bool(local) == bool(files), "local data are .txt, .jsonl or .parquet")
@@ -1076,15 +1082,6 @@ def tokenised(s, files, tokenizer):
 
 # ------------------------------------------------------------------------------------- evaluation
 
-def recall_prompts(pairs: int, count: int, draw):
-    """Prompts `k v k v ... q` [count, 2 pairs + 1] of 32 keys, distinct, and 16 values, all single
-    bytes; answers [count, 1]."""
-    k = 68 + torch.rand(count, 32, generator=draw).argsort(1)[:, :pairs]
-    v = 100 + torch.randint(16, (count, pairs), generator=draw)
-    asked = torch.randint(pairs, (count, 1), generator=draw)
-    prompts = torch.cat([torch.stack([k, v], -1).flatten(1), k.gather(1, asked)], 1)
-    return prompts, v.gather(1, asked)
-
 NEEDLE = "\nThe special magic number for {} is {}.\n"
 QUESTION = "\nWhat is the special magic number for {0}? The special magic number for {0} is"
 WORDS = "able bold calm eager fancy gentle happy jolly kind lucky merry noble proud quiet wise zany"
@@ -1093,8 +1090,7 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
     """Recall as language: prompts [count, length] of filler [N] with `needles` sentences at random
     places, each a number of five digits for a name, and a question for one; answers [count, A]."""
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    bos = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
-    words, found = WORDS.split(), []
+    bos, words, found = tokenizer.encode("")[:1], WORDS.split(), []
     while len(found) < count:
         drawn = torch.randperm(256, generator=draw)[:needles].tolist()
         names = [f"{words[i // 16]}-{words[i % 16]}" for i in drawn]
@@ -1115,29 +1111,29 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
     return tuple(map(torch.tensor, zip(*found)))
 
 @torch.no_grad()
-def recall_accuracy(model, prompts, answers, batch: int = 32) -> float:
-    """The share of prompts [N, P] that the model, written greedily, goes on with answer [N, A]."""
-    right, A = 0, answers.shape[1]
-    how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1, pad_token_id=0)
-    for tokens, answer in zip(prompts.to(model.device).split(batch), answers.split(batch)):
-        how |= dict(attention_mask=torch.ones_like(tokens), repetition_penalty=1.0)
-        written = model.generate(tokens, **how)[:, -A:]
-        right += int((written.cpu() == answer).all(1).sum())
-    return right / len(prompts)
+def written(model, prompts, count: int):
+    """The next tokens [N, count] that the model writes greedily after prompts [N, P]."""
+    how = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, pad_token_id=0)
+    how |= dict(max_new_tokens=count, min_new_tokens=count)
+    mask = torch.ones_like(prompts)
+    return model.generate(prompts, attention_mask=mask, **how)[:, -count:].cpu()
+
+def recall_accuracy(model, prompts, answers) -> float:
+    """The share of prompts [N, P] that the model goes on with answer [N, A]."""
+    parts = prompts.to(model.device).split(32)
+    found = torch.cat([written(model, part, answers.shape[1]) for part in parts])
+    return (found == answers).all(1).double().mean().item()
 
 @torch.no_grad()
 def running_cost(model, length: int) -> dict:
     """Of one sequence of so many tokens: bytes of its cache and, on a GPU, tokens/s behind it."""
     tokens = torch.ones(1, length, dtype=torch.long, device=model.device)
-    output = model.model(input_ids=tokens, use_cache=True)
-    cache = next(value for value in output.values() if isinstance(value, Cache))
-    found = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
-    seconds = dict.fromkeys((1, 65), math.inf)
-    for new in (1, 65) * 4 if tokens.is_cuda else ():  # the least of four
-        start, how = time.monotonic(), dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        model.generate(tokens, attention_mask=tokens, pad_token_id=0, **how).tolist()
-        seconds[new] = min(seconds[new], time.monotonic() - start)
-    return found | ({"decoded/s": 64 / (seconds[65] - seconds[1])} if tokens.is_cuda else {})
+    cache = model.model(input_ids=tokens, use_cache=True)[1]
+    cost = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
+    if tokens.is_cuda:
+        seconds = lambda n: timeit.repeat(lambda: written(model, tokens, n), number=1, repeat=4)
+        cost["decoded/s"] = 64 / (min(seconds(65)) - min(seconds(1)))
+    return cost
 
 # ------------------------------------------------------------------------- the plumbing: settings
 
@@ -1155,7 +1151,8 @@ class Budget:
         require(right, f"a stage wants tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
         self.steps = max(1, self.tokens // (self.batch * self.length))
 
-STAGES = "align", "select", "distill", "finetune"
+STAGES = {"align": align_hidden_states, "select": distill_logits, "distill": distill_logits,
+          "finetune": finetune}  # fmt: skip
 BUDGETS = {  # of these stages: for the teacher in assets/; below 1B parameters, minutes on a GPU;
     # from 1B on, a day of one; and of [1], stage 3 of [2]
     "embedded": (Budget(614_400, 128, 32, 3e-3), Budget(81_920, 128, 32, 1e-3, 1e-4),
@@ -1171,7 +1168,7 @@ PLACES = ", ".join(["3,7,11", *SELECTORS, *RULES, "published[:SCORE]", "all-line
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; what depends on the teacher is filled in by `resolve`."""
-    epilog = f"Each of {STAGES} takes --STAGE-tokens, -length, -batch, -lr, and select and distill "
+    epilog = f"Each of {[*STAGES]} takes --STAGE-tokens, -length, -batch, -lr, and select and distill "
     epilog += f"-rest-lr, of what is not attention (0: frozen). Defaults: {BUDGETS}"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
     add, hidden = parser.add_argument, argparse.SUPPRESS
@@ -1193,21 +1190,24 @@ def parse(argv=None) -> argparse.Namespace:
     add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
     add("--dry-run", action="store_true", help="try every stage: tokens/s, hours, memory")
     for stage, budget in zip(STAGES, BUDGETS["paper"]):
-        for name, value in vars(budget).items():
-            if value and name != "steps":  # stages 1 and 3 have no rest_lr
+        for name, value in dataclasses.asdict(budget).items():
+            if value:  # stages 1 and 3 have no rest_lr
                 option = f"--{stage}-{name}".replace("_", "-")
                 add(option, type=type(value), help=hidden, default=hidden)
     s = parser.parse_args(argv)
     s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
     return s
 
-def resolve(s, config, parameters: int) -> None:
-    """Fill in what depends on the teacher's config and size, and refuse what cannot work."""
-    L, s.large, s.vocab = config.num_hidden_layers, parameters >= 10**9, config.vocab_size
-    right = min(s.held_out - 1, s.seed, s.micro_batch, s.select_from) >= 0 and s.seed < 2**32
+def resolve(s, teacher) -> None:
+    """Fill in what depends on the teacher and its size, and refuse what cannot work."""
+    L, s.vocab = teacher.config.num_hidden_layers, teacher.config.vocab_size
+    parameters, world = teacher.num_parameters(), rank_and_world()[1]
+    large = parameters >= 10**9
+    if large:  # its copies train; in itself, which does not, nothing is computed twice
+        teacher.gradient_checkpointing_enable()
+    right = min(s.held_out - 1, s.seed, s.micro_batch, s.select_from) >= 0
     require(right, "--held-out must be at least 1, --seed, --micro-batch, --select-from 0")
-    s.budget = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large]
-    s.budgets, world = {}, rank_and_world()[1]
+    s.budget, s.budgets = s.budget or ("embedded", "small", "day")[bool(s.teacher) + large], {}
     for stage, default in zip(STAGES, BUDGETS[s.budget]):
         values = dataclasses.asdict(default).items()
         b = Budget(*(getattr(s, f"{stage}_{name}", value) for name, value in values))
@@ -1215,7 +1215,7 @@ def resolve(s, config, parameters: int) -> None:
         s.budgets[stage] = b
     s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
     s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
-    most = 2**15 if s.large else 2**16  # tokens at a time, before memory tells
+    most = 2**15 if large else 2**16  # tokens at a time, before memory tells
     s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
     # is a candidate, of 16 bytes a weight, too large for one GPU with teacher and activations?
     memory = torch.cuda.mem_get_info()[1] if s.device.startswith("cuda") else math.inf
@@ -1227,15 +1227,15 @@ def resolve(s, config, parameters: int) -> None:
     k = s.softmax_layers
     require(1 <= k <= L, f"--softmax-layers must be within 1..{L}, not {k}")
     require(len(given) in (0, k), f"--select lists {len(given)} layers, not {k}")
-    rows = s.baselines or ("none" if s.large else "all-linear,uniform,centred,random")
-    s.names = [name for name in dict.fromkeys([s.select, *rows.split(",")]) if name != "none"]
-    s.placed = {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
-    for name in {*s.names} - {*SELECTORS, *s.placed}:
+    rows = s.baselines or ("none" if large else "all-linear,uniform,centred,random")
+    known = dict.fromkeys(SELECTORS) | {name: rule(L, k, s.seed) for name, rule in RULES.items()}
+    known |= {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
+    s.placed = {}  # the rows: {name: its layers, or None where a selector must find them}
+    for name in [s.select, *(name for name in rows.split(",") if name != "none")]:
         if name.startswith("published"):
-            s.placed[name] = published_layers(name, k, s.teacher or "")
-        else:
-            require(name in RULES, f"--select and --baselines take {PLACES}, not {name!r}")
-            s.placed[name] = RULES[name](L, k, s.seed)
+            known[name] = published_layers(name, k, s.teacher or "")
+        require(name in known, f"--select and --baselines take {PLACES}, not {name!r}")
+        s.placed[name] = known[name]
 
 @contextlib.contextmanager
 def one_sentence(beginning: str):
@@ -1249,8 +1249,8 @@ def one_sentence(beginning: str):
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 
-def load_config(s):
-    """(config, number of parameters) of the teacher; UserError says what --teacher is instead."""
+def load_teacher(s):
+    """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
     hub = s.data and not Path(s.data).exists()
     right = bool(s.teacher) == bool(s.data) and (hub or not s.data_config)
     require(right, "--teacher and --data go together, --data-config with a dataset of the hub")
@@ -1258,18 +1258,20 @@ def load_config(s):
         hub_id = re.fullmatch(r"[\w-][^/]*/[^/]+", place) and not Path(place).parent.is_dir()
         right = hub_id or Path(place).exists()  # of anything else the hub is not asked
         require(right, f"{option} {place}: there is no such file or folder")
-    with one_sentence(f"cannot use --teacher {s.teacher}"), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(s.teacher or EMBEDDED_TEACHER)
+    with one_sentence(f"cannot use --device {s.device}"):
+        torch.empty(1, device=s.device).item()
+    place = s.teacher or EMBEDDED_TEACHER
+    with one_sentence(f"cannot use --teacher {place}"), torch.device(s.device):
+        config = transformers.AutoConfig.from_pretrained(place)
         kind, known = config.model_type, [base.config_class.model_type for base in HYBRIDS]
         require(kind in known, f"it is a {kind!r} model; supported are {', '.join(known)}")
-        return config, AutoModelForCausalLM.from_config(config).num_parameters()
-
-def load_teacher(s):
-    """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
-    place, how = s.teacher or EMBEDDED_TEACHER, dict(dtype=s.dtype, output_loading_info=True)
+        if s.dry_run:  # with random weights
+            teacher = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype))
+            return teacher.eval(), None
     with one_sentence(f"cannot use the tokenizer of --teacher {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place)
     with one_sentence(f"cannot use the weights of --teacher {place}"):
+        how = dict(dtype=s.dtype, output_loading_info=True)
         teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
         wrong = [*info["missing_keys"], *info["mismatched_keys"]]
         require(not wrong, f"it lacks {len(wrong)} of its weights, such as {wrong[:1]}")
@@ -1292,60 +1294,52 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     """All stages, in the run folder -> the report. A stage is keyed by all that it depends on:
     another K, baseline or later learning rate trains for itself alone. Of the processes of torchrun
     the first one evaluates and writes."""
-    out, b, teach, stages, rows = Path(s.out), s.budgets, TeacherPass(teacher), {}, []
-    (rank, world), base = rank_and_world(), key_of_all(s, teacher, corpus)
+    out, b, k, teach = Path(s.out), s.budgets, s.softmax_layers, TeacherPass(teacher)
+    (rank, world), stages, rows = rank_and_world(), {}, []
     batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
-    for name in b:
-        batches[name](0)  # data too short for a stage are told before anything trains
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
 
-    def train_stage(name, stage, model, *inputs, after=(), **how):
-        model.to("cpu" if s.large and world > 1 else s.device)  # while a sharded copy trains
-        folder = f"{name}-{key(base, *after, b[name])}"
+    def train_stage(name, after, model, *inputs, **how):
+        folder = f"{name}-{key(after, b[name])}"
         how |= dict(folder=out / folder, micro_batch=s.at_a_time[name])
-        torch.manual_seed(s.seed)
         inputs = *inputs, batches[name], b[name].steps, b[name].lr
-        stages[folder] = sharded(stage, model, *inputs, **how)
-        return stages[folder]
+        torch.manual_seed(s.seed)
+        model.to("cpu" if world > 1 else s.device)  # several processes train a sharded copy
+        stages[folder] = sharded(STAGES[name], model, *inputs, **how)
+        return folder
 
     torch.manual_seed(s.seed)
-    student = transfer_attention(teacher, mixer=s.mixer)
-    if s.large:
-        student.gradient_checkpointing_enable()
-    how = dict(final_lr=b["align"].lr / 100)
-    history = train_stage("align", align_hidden_states, student, teacher, **how)
-    if s.large:
-        student.cpu()  # it is copied for every candidate, and the GPU is theirs
+    student, base = transfer_attention(teacher, mixer=s.mixer), key_of_all(s, teacher, corpus)
+    aligned = train_stage("align", base, student, teacher, final_lr=b["align"].lr / 100)
+    student.cpu()  # it is copied for every candidate, and the GPU is theirs
     first = dataclasses.replace(b["select"], tokens=s.select_from)
-    file = out / f"select-{key(base, b['align'], dataclasses.replace(first, tokens=1))}"
     x = Selection(
-        student, teach, batches["select"], validation, s.softmax_layers, b["select"], history,
-        lambda model: corpus.recall(model, "validation")["recall"] or 0.0, file,
+        student, teach, batches["select"], validation, k, b["select"], stages[aligned],
+        lambda model: corpus.recall(model, "validation")["recall"] or 0.0,
+        out / f"select-{key(aligned, dataclasses.astuple(first)[1:])}",
         s.at_a_time["select"], s.shard)  # fmt: skip
-    chosen, costs = {"teacher": [*x.layers]}, {"teacher": 0}
-    for name in s.names:
+    for name, layers in {"teacher": x.layers, **s.placed}.items():
         torch.manual_seed(s.seed)
-        x.spent = {}
-        layers = s.placed[name] if name in s.placed else select_layers(x, name, first.steps)
-        chosen[name], costs[name] = layers[: s.softmax_layers], x.tokens
-    place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
-    for name, layers in chosen.items():
-        model = teacher
+        x.spent, model = {}, teacher
+        if layers is None:
+            layers = select_layers(x, name, first.steps)[:k]
         if name != "teacher":
-            model, after = restore_attention(student, teacher, layers), [b["align"], sorted(layers)]
-            how = dict(after=after, rest_lr=b["distill"].rest_lr)
-            train_stage("distill", distill_logits, model, teach, **how)
-            train_stage("finetune", finetune, model, after=[*after, b["distill"]])
+            model, after = restore_attention(student, teacher, layers), (aligned, sorted(layers))
+            after = train_stage("distill", after, model, teach, rest_lr=b["distill"].rest_lr)
+            train_stage("finetune", after, model)
             to_teachers_dtype(model).to(s.device)
         if rank == 0:
             row = {"name": name, "softmax_layers": sorted(layers), **evaluate(model, teach, test)}
             row |= corpus.recall(model) | running_cost(model, b["finetune"].length)
-            rows.append(row | {"cost": costs[name]})
-        if rank == 0 and name == s.select:
+            rows.append(row | {"cost": x.tokens})
+        if name == s.select:
+            chosen, place = layers, "-".join(map(str, sorted(layers))) or "all-linear"
+            place = str(out / f"student-{place}")
+        if name == s.select and rank == 0:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
-    report = {"student": str(place), "chosen": chosen[s.select], "rows": rows}
+    report = {"student": place, "chosen": chosen, "rows": rows}
     return report | {"scores": x.scores, "stages": stages}
 
 def write_report(s, report) -> str:
@@ -1373,24 +1367,19 @@ def table(rows: list[dict]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-def dry_run(s, config) -> str:
-    """Three steps of every stage on random weights and tokens -> a table of what a run will take,
-    by the last of them: the first ones compile."""
-    with torch.device(s.device):
-        teacher = AutoModelForCausalLM.from_config(config).to(getattr(torch, s.dtype)).eval()
+def dry_run(s, teacher) -> str:
+    """Three steps of every stage on random tokens -> a table of what a run will take, by the last
+    of them: the first ones compile."""
     student, teach, rows = transfer_attention(teacher, mixer=s.mixer), TeacherPass(teacher, 0), []
-    times = dict.fromkeys(STAGES, len(s.names)) | {"align": 1}
-    times["select"] = config.num_hidden_layers * any(name in SELECTORS for name in s.names)
-    if s.large:
-        student.gradient_checkpointing_enable()
-    others = {"align": (align_hidden_states, teacher), "finetune": (finetune,)}
+    inputs = dict.fromkeys(STAGES, [teach]) | {"align": [teacher], "finetune": []}
+    times = dict.fromkeys(STAGES, len(s.placed)) | {"align": 1}
+    times["select"] = teacher.config.num_hidden_layers * (None in s.placed.values())
     for name, b in s.budgets.items():
-        (stage, *inputs), model = others.get(name, (distill_logits, teach)), student
+        model = student
         if name != "align":
-            student.to("cpu" if s.large else s.device)  # as in a run
-            model = restore_attention(student, teacher, range(s.softmax_layers)).to(s.device)
+            model = restore_attention(student.cpu(), teacher, range(s.softmax_layers))
         tokens = torch.randint(s.vocab, (min(b.batch, s.at_a_time[name]), b.length))
-        step = stage(model, *inputs, [tokens] * 3, 3)[-1]
+        step = STAGES[name](model.to(s.device), *inputs[name], [tokens] * 3, 3)[-1]
         # a selection that agrees at once trains on select_from and on twice as many
         total = min(b.tokens, 3 * s.select_from) if name == "select" else b.tokens
         speed, peak = step["tokens"] / step["seconds"], torch.cuda.max_memory_allocated() / 2**30
@@ -1403,33 +1392,30 @@ def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
     for expected in ("torch.distributed is disabled", ".*gradient_checkpointing_enable"):
         warnings.filterwarnings("ignore", message=expected)
-    s = parse(argv)
+    s, code = parse(argv), 1
     if "WORLD_SIZE" in os.environ:  # by torchrun: a GPU for each process, or all on the CPU
         if cuda := s.device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend, timeout = None if cuda else "gloo", datetime.timedelta(days=1)
         dist.init_process_group(backend, timeout=timeout)
-    code, first = 1, rank_and_world()[0] == 0
+    first = rank_and_world()[0] == 0
     try:
-        with one_sentence(f"cannot use --device {s.device}"):
-            torch.empty(1, device=s.device).item()
-        config, parameters = load_config(s)
-        resolve(s, config, parameters)
+        teacher, tokenizer = load_teacher(s)
+        resolve(s, teacher)
         if s.dry_run:
-            said = dry_run(s, config)
+            said = dry_run(s, teacher)
         else:
             with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):
                 lock = filelock.FileLock(Path(s.out) / ".lock", timeout=0)
-                lock = lock.acquire() if first else contextlib.nullcontext()
-            with lock:
-                teacher, tokenizer = load_teacher(s)
-                corpus = EmbeddedCorpus(s.seed)
-                if s.data:
-                    ids = load_tokens(s, tokenizer)
-                    corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
-                report = run(s, teacher, tokenizer, corpus)
-                said = write_report(s, report) if first else ""
-                gather("the report is written")
+                if first:
+                    lock.acquire()
+            corpus = EmbeddedCorpus(s.seed)
+            if s.data:
+                ids = load_tokens(s, tokenizer)
+                corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
+            report = run(s, teacher, tokenizer, corpus)
+            said = write_report(s, report) if first else ""
+            gather("the report is written")
         code = 0
     except KeyboardInterrupt:
         code, said = 130, f"\nstopped; the same command goes on from the last save in {s.out}"
