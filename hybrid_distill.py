@@ -1041,12 +1041,13 @@ def recall_rows(count: int, pairs: int, rounds: int, draw):
     k, v = (torch.cat([t, t.gather(1, order)], 1) for t in (k, v))
     return torch.stack([k, v], -1).flatten(1)
 
-def load_tokens(s, tokenizer):
-    """--data as ids [N]: a .npy as it is; of text, tokenised once, what the stages take."""
+def load_corpus(s, tokenizer) -> Corpus:
+    """Of --data: a .npy of token ids as it is; of text, tokenised once, what the stages take."""
+    held_out = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
     file = path = Path(s.data)
     with one_sentence(f"cannot use --data {s.data}"):
         if path.suffix != ".npy":
-            count = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out_tokens
+            count = max(b.tokens for b in s.budgets.values()) + 2 * held_out
             files = [f for f in (path, *sorted(path.rglob("*"))) if f.is_file()]
             stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
             rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
@@ -1060,7 +1061,7 @@ def load_tokens(s, tokenizer):
         right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
         right = right and 0 <= ids.min() <= ids.max() < s.vocab
         require(right, f"it must give a row of token ids, integers below {s.vocab}, the teacher's")
-    return ids
+    return Corpus(ids, held_out, s.seed, tokenizer)
 
 def tokenised(s, files, tokenizer):
     """Yields the ids of text: documents in a seeded order, each closed with EOS."""
@@ -1111,28 +1112,24 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
     return tuple(map(torch.tensor, zip(*found)))
 
 @torch.no_grad()
-def written(model, prompts, count: int):
-    """The next tokens [N, count] that the model writes greedily after prompts [N, P]."""
-    how = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, pad_token_id=0)
-    how |= dict(max_new_tokens=count, min_new_tokens=count)
-    mask = torch.ones_like(prompts)
-    return model.generate(prompts, attention_mask=mask, **how)[:, -count:].cpu()
-
 def recall_accuracy(model, prompts, answers) -> float:
-    """The share of prompts [N, P] that the model goes on with answer [N, A]."""
-    parts = prompts.to(model.device).split(32)
-    found = torch.cat([written(model, part, answers.shape[1]) for part in parts])
-    return (found == answers).all(1).double().mean().item()
+    """The share of prompts [N, P] that the model, written greedily, goes on with answer [N, A]."""
+    A, parts = answers.shape[1], prompts.to(model.device).split(32)
+    how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1)
+    how |= dict(repetition_penalty=1.0, pad_token_id=0)
+    texts = [model.generate(x, attention_mask=torch.ones_like(x), **how) for x in parts]
+    return (torch.cat(texts)[:, -A:].cpu() == answers).all(1).double().mean().item()
 
 @torch.no_grad()
 def running_cost(model, length: int) -> dict:
     """Of one sequence of so many tokens: bytes of its cache and, on a GPU, tokens/s behind it."""
-    tokens = torch.ones(1, length, dtype=torch.long, device=model.device)
-    cache = model.model(input_ids=tokens, use_cache=True)[1]
+    tokens = torch.ones(1, length, dtype=torch.long)
+    cache = model.model(input_ids=tokens.to(model.device), use_cache=True)[1]
     cost = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
-    if tokens.is_cuda:
-        seconds = lambda n: timeit.repeat(lambda: written(model, tokens, n), number=1, repeat=4)
-        cost["decoded/s"] = 64 / (min(seconds(65)) - min(seconds(1)))
+    if model.device.type == "cuda":
+        write = lambda n: recall_accuracy(model, tokens, torch.ones(1, n))
+        short, long = (min(timeit.repeat(lambda: write(n), number=1, repeat=4)) for n in (1, 65))
+        cost["decoded/s"] = 64 / (long - short)
     return cost
 
 # ------------------------------------------------------------------------- the plumbing: settings
@@ -1176,7 +1173,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
     add("--data-config", help="of a hub dataset, e.g. sample-10BT")
     add("--text-column", default="text", help="of a dataset, .jsonl or .parquet [text]")
-    add("--softmax-layers", type=int, metavar="K", help="how many stay [embedded 1, else L/4]")
+    add("--softmax-layers", type=int, metavar="K", help="how many stay [a quarter]")
     add("--select", default="ga-s2", help=f"which stay: {PLACES} [ga-s2]")
     add("--baselines", help="further rows: several of these, or none")
     add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
@@ -1201,8 +1198,7 @@ def parse(argv=None) -> argparse.Namespace:
 def resolve(s, teacher) -> None:
     """Fill in what depends on the teacher and its size, and refuse what cannot work."""
     L, s.vocab = teacher.config.num_hidden_layers, teacher.config.vocab_size
-    parameters, world = teacher.num_parameters(), rank_and_world()[1]
-    large = parameters >= 10**9
+    world, large = rank_and_world()[1], teacher.num_parameters() >= 10**9
     if large:  # its copies train; in itself, which does not, nothing is computed twice
         teacher.gradient_checkpointing_enable()
     right = min(s.held_out - 1, s.seed, s.micro_batch, s.select_from) >= 0
@@ -1214,17 +1210,13 @@ def resolve(s, teacher) -> None:
         require(b.batch % world == 0, f"--{stage}-batch must be a multiple of {world} processes")
         s.budgets[stage] = b
     s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
-    s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
     most = 2**15 if large else 2**16  # tokens at a time, before memory tells
     s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
-    # is a candidate, of 16 bytes a weight, too large for one GPU with teacher and activations?
-    memory = torch.cuda.mem_get_info()[1] if s.device.startswith("cuda") else math.inf
-    s.shard = world > 1 and 18 * parameters > 0.6 * memory
+    s.shard = world > 1 and large  # a candidate, of 16 bytes a weight: no GPU need hold it whole
 
     given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
-    if s.softmax_layers is None:
-        s.softmax_layers = len(given) or (max(1, L // 4) if s.teacher else 1)
-    k = s.softmax_layers
+    default = len(given) or max(1, L // 4)
+    k = s.softmax_layers = default if s.softmax_layers is None else s.softmax_layers
     require(1 <= k <= L, f"--softmax-layers must be within 1..{L}, not {k}")
     require(len(given) in (0, k), f"--select lists {len(given)} layers, not {k}")
     rows = s.baselines or ("none" if large else "all-linear,uniform,centred,random")
@@ -1251,11 +1243,9 @@ EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 
 def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
-    hub = s.data and not Path(s.data).exists()
-    right = bool(s.teacher) == bool(s.data) and (hub or not s.data_config)
-    require(right, "--teacher and --data go together, --data-config with a dataset of the hub")
-    for option, place in (("--teacher", s.teacher), ("--data", s.data)) if s.teacher else ():
-        hub_id = re.fullmatch(r"[\w-][^/]*/[^/]+", place) and not Path(place).parent.is_dir()
+    require(bool(s.teacher) == bool(s.data), "--teacher and --data go together")
+    for option, place in ("--teacher", s.teacher or "."), ("--data", s.data or "."):
+        hub_id = place.count("/") == 1 and not Path(place).parent.is_dir()
         right = hub_id or Path(place).exists()  # of anything else the hub is not asked
         require(right, f"{option} {place}: there is no such file or folder")
     with one_sentence(f"cannot use --device {s.device}"):
@@ -1268,9 +1258,8 @@ def load_teacher(s):
         if s.dry_run:  # with random weights
             teacher = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype))
             return teacher.eval(), None
-    with one_sentence(f"cannot use the tokenizer of --teacher {place}"):
+    with one_sentence(f"cannot use the tokenizer or weights of --teacher {place}"):
         tokenizer = AutoTokenizer.from_pretrained(place)
-    with one_sentence(f"cannot use the weights of --teacher {place}"):
         how = dict(dtype=s.dtype, output_loading_info=True)
         teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
         wrong = [*info["missing_keys"], *info["mismatched_keys"]]
@@ -1281,21 +1270,12 @@ def key(*parts) -> str:
     """Eight letters for all that a result depends on."""
     return hashlib.sha1(repr(parts).encode()).hexdigest()[:8]
 
-def key_of_all(s, teacher, corpus) -> str:
-    """Of teacher, data and the source of the method: an edit above the plumbing trains anew."""
-    weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
-    model = teacher.config.to_json_string(), teacher.dtype, weights
-    data = [hashlib.sha1(np.ascontiguousarray(ids)).digest() for ids in corpus.parts.values()]
-    files = [inspect.getsource(sys.modules[of.__module__]) for of in (Mixer, chunk_gla)]
-    code = [source.split("-- the plumbing")[0] for source in files]
-    return key(s.seed, s.mixer, s.held_out, model, data, code)
-
 def run(s, teacher, tokenizer, corpus) -> dict:
     """All stages, in the run folder -> the report. A stage is keyed by all that it depends on:
     another K, baseline or later learning rate trains for itself alone. Of the processes of torchrun
     the first one evaluates and writes."""
     out, b, k, teach = Path(s.out), s.budgets, s.softmax_layers, TeacherPass(teacher)
-    (rank, world), stages, rows = rank_and_world(), {}, []
+    (rank, world), stages, rows, report = rank_and_world(), {}, [], {}
     batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
@@ -1309,9 +1289,15 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         stages[folder] = sharded(STAGES[name], model, *inputs, **how)
         return folder
 
+    weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
+    data = [hashlib.sha1(np.ascontiguousarray(ids)).digest() for ids in corpus.parts.values()]
+    files = [inspect.getsource(sys.modules[of.__module__]) for of in (Mixer, chunk_gla)]
+    code = [source.split("-- the plumbing")[0] for source in files]  # what is above it
+    model = teacher.config.to_json_string(), teacher.dtype, weights
+    after = s.seed, s.mixer, s.held_out, model, data, code
     torch.manual_seed(s.seed)
-    student, base = transfer_attention(teacher, mixer=s.mixer), key_of_all(s, teacher, corpus)
-    aligned = train_stage("align", base, student, teacher, final_lr=b["align"].lr / 100)
+    student = transfer_attention(teacher, mixer=s.mixer)
+    aligned = train_stage("align", after, student, teacher, final_lr=b["align"].lr / 100)
     student.cpu()  # it is copied for every candidate, and the GPU is theirs
     first = dataclasses.replace(b["select"], tokens=s.select_from)
     x = Selection(
@@ -1333,14 +1319,12 @@ def run(s, teacher, tokenizer, corpus) -> dict:
             row = {"name": name, "softmax_layers": sorted(layers), **evaluate(model, teach, test)}
             row |= corpus.recall(model) | running_cost(model, b["finetune"].length)
             rows.append(row | {"cost": x.tokens})
-        if name == s.select:
-            chosen, place = layers, "-".join(map(str, sorted(layers))) or "all-linear"
-            place = str(out / f"student-{place}")
-        if name == s.select and rank == 0:
+        if rank == 0 and name == s.select:
+            place = out / f"student-{'-'.join(map(str, sorted(layers))) or 'all-linear'}"
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
-    report = {"student": place, "chosen": chosen, "rows": rows}
-    return report | {"scores": x.scores, "stages": stages}
+            report = {"student": str(place), "chosen": layers}
+    return report | {"rows": rows, "scores": x.scores, "stages": stages}
 
 def write_report(s, report) -> str:
     """report.json, and report.md, which is the card of the student, too -> what to say of it."""
@@ -1348,9 +1332,7 @@ def write_report(s, report) -> str:
     machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}"
     about = {"command": shlex.join(["python", *sys.argv]), "machine": machine, **vars(s)}
     load = f"AutoModelForCausalLM.from_pretrained({report['student']!r}, trust_remote_code=True)"
-    hub_id = s.teacher and not Path(s.teacher).exists()  # the hub takes no other base_model
-    base = f"base_model: {s.teacher}\n" if hub_id else ""
-    text = f"""---\nlibrary_name: transformers\n{base}---\n{table(report['rows'])}
+    text = f"""---\nlibrary_name: transformers\n---\n{table(report['rows'])}
 KL (nats), perplexity: test part; cost: tokens that candidates trained on. Every student had the
 same stages 2 and 3, and has its teacher's licence.\n\n- load: {load}\n"""
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
@@ -1390,38 +1372,32 @@ def dry_run(s, teacher) -> str:
 
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
-    for expected in ("torch.distributed is disabled", ".*gradient_checkpointing_enable"):
-        warnings.filterwarnings("ignore", message=expected)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|.*checkpointing_enable")
     s, code = parse(argv), 1
     if "WORLD_SIZE" in os.environ:  # by torchrun: a GPU for each process, or all on the CPU
         if cuda := s.device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend, timeout = None if cuda else "gloo", datetime.timedelta(days=1)
-        dist.init_process_group(backend, timeout=timeout)
-    first = rank_and_world()[0] == 0
+        dist.init_process_group(None if cuda else "gloo", timeout=datetime.timedelta(days=1))
+    rank = rank_and_world()[0]
     try:
         teacher, tokenizer = load_teacher(s)
         resolve(s, teacher)
         if s.dry_run:
             said = dry_run(s, teacher)
         else:
+            lock = filelock.FileLock(Path(s.out) / f".lock-{rank}", timeout=0)
             with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):
-                lock = filelock.FileLock(Path(s.out) / ".lock", timeout=0)
-                if first:
-                    lock.acquire()
-            corpus = EmbeddedCorpus(s.seed)
-            if s.data:
-                ids = load_tokens(s, tokenizer)
-                corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
+                lock.acquire()
+            corpus = load_corpus(s, tokenizer) if s.data else EmbeddedCorpus(s.seed)
             report = run(s, teacher, tokenizer, corpus)
-            said = write_report(s, report) if first else ""
+            said = write_report(s, report) if rank == 0 else ""
             gather("the report is written")
         code = 0
     except KeyboardInterrupt:
         code, said = 130, f"\nstopped; the same command goes on from the last save in {s.out}"
     except (UserError, FloatingPointError) as error:
         said = f"error: {error}"
-    if first:
+    if rank == 0:
         print(said, file=sys.stderr if code else sys.stdout)
     return code
 
