@@ -973,7 +973,7 @@ class Corpus:
     def sample(self, part: str, count: int, length: int, draw) -> dict[str, torch.Tensor]:
         """{"text": tokens [count, length]}, so many different pieces of a part."""
         ids = self.parts[part]
-        require(len(ids) >= count * length, f"the {part} part has {len(ids)} tokens, too few for "
+        require(len(ids) >= count * length > 0, f"the {part} part has {len(ids)} tokens, too few for "
                 f"{count} sequences of {length}: more data, shorter or fewer ones")  # fmt: skip
         starts = torch.randperm(len(ids) // length, generator=draw)[:count, None].numpy() * length
         return {"text": torch.from_numpy(ids[starts + np.arange(length)].astype(np.int64))}
@@ -1201,15 +1201,14 @@ def resolve(s, teacher) -> None:
     world, large = rank_and_world()[1], teacher.num_parameters() >= 10**9
     if large:  # its copies train; in itself, which does not, nothing is computed twice
         teacher.gradient_checkpointing_enable()
-    right = min(s.held_out - 1, s.seed, s.micro_batch, s.select_from) >= 0
-    require(right, "--held-out must be at least 1, --seed, --micro-batch, --select-from 0")
     s.budget, s.budgets = s.budget or ("embedded", "small", "day")[bool(s.teacher) + large], {}
     for stage, default in zip(STAGES, BUDGETS[s.budget]):
         values = dataclasses.asdict(default).items()
         b = Budget(*(getattr(s, f"{stage}_{name}", value) for name, value in values))
         require(b.batch % world == 0, f"--{stage}-batch must be a multiple of {world} processes")
         s.budgets[stage] = b
-    s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
+    tokens = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
+    s.select_first = dataclasses.replace(s.budgets["select"], tokens=tokens)
     most = 2**15 if large else 2**16  # tokens at a time, before memory tells
     s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
     s.shard = world > 1 and large  # a candidate, of 16 bytes a weight: no GPU need hold it whole
@@ -1245,26 +1244,23 @@ def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
     require(bool(s.teacher) == bool(s.data), "--teacher and --data go together")
     for option, place in ("--teacher", s.teacher or "."), ("--data", s.data or "."):
-        hub_id = place.count("/") == 1 and not Path(place).parent.is_dir()
-        right = hub_id or Path(place).exists()  # of anything else the hub is not asked
+        hub_id = place.count("/") == 1 and not Path(place).parent.is_dir()  # the hub is asked
+        right = hub_id or Path(place).exists()
         require(right, f"{option} {place}: there is no such file or folder")
-    with one_sentence(f"cannot use --device {s.device}"):
-        torch.empty(1, device=s.device).item()
     place = s.teacher or EMBEDDED_TEACHER
-    with one_sentence(f"cannot use --teacher {place}"), torch.device(s.device):
+    with one_sentence(f"cannot use --teacher {place} on --device {s.device}"):
         config = transformers.AutoConfig.from_pretrained(place)
         kind, known = config.model_type, [base.config_class.model_type for base in HYBRIDS]
         require(kind in known, f"it is a {kind!r} model; supported are {', '.join(known)}")
         if s.dry_run:  # with random weights
-            teacher = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype))
-            return teacher.eval(), None
-    with one_sentence(f"cannot use the tokenizer or weights of --teacher {place}"):
+            with torch.device(s.device):
+                return AutoModelForCausalLM.from_config(config, dtype=s.dtype).eval(), None
         tokenizer = AutoTokenizer.from_pretrained(place)
         how = dict(dtype=s.dtype, output_loading_info=True)
         teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
         wrong = [*info["missing_keys"], *info["mismatched_keys"]]
         require(not wrong, f"it lacks {len(wrong)} of its weights, such as {wrong[:1]}")
-    return teacher.to(s.device).eval(), tokenizer
+        return teacher.to(s.device).eval(), tokenizer
 
 def key(*parts) -> str:
     """Eight letters for all that a result depends on."""
@@ -1299,17 +1295,16 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     student = transfer_attention(teacher, mixer=s.mixer)
     aligned = train_stage("align", after, student, teacher, final_lr=b["align"].lr / 100)
     student.cpu()  # it is copied for every candidate, and the GPU is theirs
-    first = dataclasses.replace(b["select"], tokens=s.select_from)
     x = Selection(
         student, teach, batches["select"], validation, k, b["select"], stages[aligned],
         lambda model: corpus.recall(model, "validation")["recall"] or 0.0,
-        out / f"select-{key(aligned, dataclasses.astuple(first)[1:])}",
+        out / f"select-{key(aligned, dataclasses.astuple(b['select'])[1:])}",
         s.at_a_time["select"], s.shard)  # fmt: skip
     for name, layers in {"teacher": x.layers, **s.placed}.items():
         torch.manual_seed(s.seed)
         x.spent, model = {}, teacher
         if layers is None:
-            layers = select_layers(x, name, first.steps)[:k]
+            layers = select_layers(x, name, s.select_first.steps)[:k]
         if name != "teacher":
             model, after = restore_attention(student, teacher, layers), (aligned, sorted(layers))
             after = train_stage("distill", after, model, teach, rest_lr=b["distill"].rest_lr)
@@ -1338,8 +1333,7 @@ same stages 2 and 3, and has its teacher's licence.\n\n- load: {load}\n"""
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
     write(Path(s.out) / "report.md", text)
     write(Path(report["student"]) / "README.md", text)
-    text = json.dumps(about | report, default=dataclasses.asdict, indent=1)
-    write(Path(s.out) / "report.json", text)
+    write(Path(s.out) / "report.json", json.dumps(about | report, default=vars, indent=1))
     return f"{table(report['rows'])}\nThe student is in {report['student']}: see its README.md."
 
 def table(rows: list[dict]) -> str:
@@ -1350,23 +1344,20 @@ def table(rows: list[dict]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 def dry_run(s, teacher) -> str:
-    """Three steps of every stage on random tokens -> a table of what a run will take, by the last
-    of them: the first ones compile."""
+    """Three steps of every stage, of an all-linear student on random tokens -> a table of what a
+    run will take, by the last of them: the first ones compile."""
     student, teach, rows = transfer_attention(teacher, mixer=s.mixer), TeacherPass(teacher, 0), []
-    inputs = dict.fromkeys(STAGES, [teach]) | {"align": [teacher], "finetune": []}
-    times = dict.fromkeys(STAGES, len(s.placed)) | {"align": 1}
-    times["select"] = teacher.config.num_hidden_layers * (None in s.placed.values())
-    for name, b in s.budgets.items():
-        model = student
-        if name != "align":
-            model = restore_attention(student.cpu(), teacher, range(s.softmax_layers))
+    inputs = [teacher], [teach], [teach], []
+    each = len(s.placed)
+    times = 1, teacher.config.num_hidden_layers * (None in s.placed.values()), each, each
+    for (name, b), inputs, times in zip(s.budgets.items(), inputs, times):
         tokens = torch.randint(s.vocab, (min(b.batch, s.at_a_time[name]), b.length))
-        step = STAGES[name](model.to(s.device), *inputs[name], [tokens] * 3, 3)[-1]
+        step = STAGES[name](student, *inputs, [tokens] * 3, 3)[-1]
         # a selection that agrees at once trains on select_from and on twice as many
-        total = min(b.tokens, 3 * s.select_from) if name == "select" else b.tokens
+        total = min(b.tokens, 3 * s.select_first.tokens) if name == "select" else b.tokens
         speed, peak = step["tokens"] / step["seconds"], torch.cuda.max_memory_allocated() / 2**30
-        row = {"stage": name, "tokens": total, "times": times[name], "tokens/s": round(speed)}
-        rows.append(row | {"hours": times[name] * total / speed / 3600, "GiB so far": peak})
+        row = {"stage": name, "tokens": total, "times": times, "tokens/s": round(speed)}
+        rows.append(row | {"hours": times * total / speed / 3600, "GiB so far": peak})
     hours = sum(row["hours"] for row in rows)
     return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations."
 
