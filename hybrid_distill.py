@@ -973,8 +973,8 @@ class Corpus:
     def sample(self, part: str, count: int, length: int, draw) -> dict[str, torch.Tensor]:
         """{"text": tokens [count, length]}, so many different pieces of a part."""
         ids = self.parts[part]
-        require(len(ids) >= count * length > 0, f"the {part} part has {len(ids)} tokens, too few for "
-                f"{count} sequences of {length}: more data, shorter or fewer ones")  # fmt: skip
+        right = len(ids) >= count * length > 0
+        require(right, f"the {part} part has {len(ids)} tokens, not {count} sequences of {length}")
         starts = torch.randperm(len(ids) // length, generator=draw)[:count, None].numpy() * length
         return {"text": torch.from_numpy(ids[starts + np.arange(length)].astype(np.int64))}
 
@@ -1127,9 +1127,9 @@ def running_cost(model, length: int) -> dict:
     cache = model.model(input_ids=tokens.to(model.device), use_cache=True)[1]
     cost = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
     if model.device.type == "cuda":
-        write = lambda n: recall_accuracy(model, tokens, torch.ones(1, n))
-        short, long = (min(timeit.repeat(lambda: write(n), number=1, repeat=4)) for n in (1, 65))
-        cost["decoded/s"] = 64 / (long - short)
+        written = lambda n: recall_accuracy(model, tokens, torch.ones(1, n))
+        seconds = lambda n: min(timeit.repeat(lambda: written(n), number=1, repeat=4))
+        cost["decoded/s"] = 64 / (seconds(65) - seconds(1))
     return cost
 
 # ------------------------------------------------------------------------- the plumbing: settings
@@ -1150,8 +1150,7 @@ class Budget:
 
 STAGES = {"align": align_hidden_states, "select": distill_logits, "distill": distill_logits,
           "finetune": finetune}  # fmt: skip
-BUDGETS = {  # of these stages: for the teacher in assets/; below 1B parameters, minutes on a GPU;
-    # from 1B on, a day of one; and of [1], stage 3 of [2]
+BUDGETS = {  # of these stages: for minutes on a CPU, minutes and a day of a GPU, and of [1]
     "embedded": (Budget(614_400, 128, 32, 3e-3), Budget(81_920, 128, 32, 1e-3, 1e-4),
                  Budget(245_760, 128, 32, 1e-3, 1e-4), Budget(81_920, 256, 16, 1e-4)),
     "small": (Budget(10_000_000, 512, 96, 2e-3), Budget(196_608, 1024, 16, 5e-4, 5e-5),
@@ -1165,9 +1164,8 @@ PLACES = ", ".join(["3,7,11", *SELECTORS, *RULES, "published[:SCORE]", "all-line
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; what depends on the teacher is filled in by `resolve`."""
-    epilog = f"Each of {[*STAGES]} takes --STAGE-tokens, -length, -batch, -lr, and select and distill "
-    epilog += f"-rest-lr, of what is not attention (0: frozen). Defaults: {BUDGETS}"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
+    more = f"Of {', '.join(STAGES)}: --STAGE-tokens, -length, -batch, -lr, -rest-lr. {BUDGETS}"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more)
     add, hidden = parser.add_argument, argparse.SUPPRESS
     add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
     add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
@@ -1177,14 +1175,14 @@ def parse(argv=None) -> argparse.Namespace:
     add("--select", default="ga-s2", help=f"which stay: {PLACES} [ga-s2]")
     add("--baselines", help="further rows: several of these, or none")
     add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
-    add("--budget", choices=BUDGETS, help="defaults of the stages [small; from 1B parameters day]")
-    add("--select-from", type=int, default=0, help="tokens, doubled until the K best agree twice")
-    add("--out", default="runs/default", help="the run folder; the same command goes on in it")
-    add("--seed", type=int, default=0, help="of data order, new weights, the random rule [0]")
+    add("--budget", choices=BUDGETS, help="of the stages [small; from 1B parameters day]")
+    add("--select-from", type=int, default=0, help="tokens, doubled until twice alike")
+    add("--out", default="runs/default", help="the same command goes on in it [runs/default]")
+    add("--seed", type=int, default=0, help="of data order and new weights [0]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
-    add("--micro-batch", type=int, default=0, help="sequences at a time [2^15 or 2^16 tokens]")
-    add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
+    add("--dtype", choices=("bfloat16", "float32"), help="[on a GPU bfloat16]")
+    add("--micro-batch", type=int, default=0, help="sequences at a time [by length]")
+    add("--held-out", type=int, default=64, help="sequences to score and test on [64]")
     add("--dry-run", action="store_true", help="try every stage: tokens/s, hours, memory")
     for stage, budget in zip(STAGES, BUDGETS["paper"]):
         for name, value in dataclasses.asdict(budget).items():
@@ -1212,7 +1210,6 @@ def resolve(s, teacher) -> None:
     most = 2**15 if large else 2**16  # tokens at a time, before memory tells
     s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
     s.shard = world > 1 and large  # a candidate, of 16 bytes a weight: no GPU need hold it whole
-
     given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
     default = len(given) or max(1, L // 4)
     k = s.softmax_layers = default if s.softmax_layers is None else s.softmax_layers
@@ -1244,9 +1241,8 @@ def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
     require(bool(s.teacher) == bool(s.data), "--teacher and --data go together")
     for option, place in ("--teacher", s.teacher or "."), ("--data", s.data or "."):
-        hub_id = place.count("/") == 1 and not Path(place).parent.is_dir()  # the hub is asked
-        right = hub_id or Path(place).exists()
-        require(right, f"{option} {place}: there is no such file or folder")
+        hub_id = place.count("/") == 1 and not Path(place).parent.is_dir()
+        require(hub_id or Path(place).exists(), f"{option} {place}: no such file or folder")
     place = s.teacher or EMBEDDED_TEACHER
     with one_sentence(f"cannot use --teacher {place} on --device {s.device}"):
         config = transformers.AutoConfig.from_pretrained(place)
@@ -1268,8 +1264,7 @@ def key(*parts) -> str:
 
 def run(s, teacher, tokenizer, corpus) -> dict:
     """All stages, in the run folder -> the report. A stage is keyed by all that it depends on:
-    another K, baseline or later learning rate trains for itself alone. Of the processes of torchrun
-    the first one evaluates and writes."""
+    another K, baseline or later learning rate trains for itself alone."""
     out, b, k, teach = Path(s.out), s.budgets, s.softmax_layers, TeacherPass(teacher)
     (rank, world), stages, rows, report = rank_and_world(), {}, [], {}
     batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
@@ -1289,8 +1284,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     data = [hashlib.sha1(np.ascontiguousarray(ids)).digest() for ids in corpus.parts.values()]
     files = [inspect.getsource(sys.modules[of.__module__]) for of in (Mixer, chunk_gla)]
     code = [source.split("-- the plumbing")[0] for source in files]  # what is above it
-    model = teacher.config.to_json_string(), teacher.dtype, weights
-    after = s.seed, s.mixer, s.held_out, model, data, code
+    after = s.seed, s.mixer, s.held_out, teacher.config.to_json_string(), weights, data, code
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
     aligned = train_stage("align", after, student, teacher, final_lr=b["align"].lr / 100)
@@ -1326,15 +1320,16 @@ def write_report(s, report) -> str:
     chip = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "CPU"
     machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}"
     about = {"command": shlex.join(["python", *sys.argv]), "machine": machine, **vars(s)}
-    load = f"AutoModelForCausalLM.from_pretrained({report['student']!r}, trust_remote_code=True)"
-    text = f"""---\nlibrary_name: transformers\n---\n{table(report['rows'])}
+    rows, place = table(report["rows"]), report["student"]
+    text = f"""---\nlibrary_name: transformers\n---\n{rows}
 KL (nats), perplexity: test part; cost: tokens that candidates trained on. Every student had the
-same stages 2 and 3, and has its teacher's licence.\n\n- load: {load}\n"""
+same stages 2 and 3, and has its teacher's licence.\n
+- load: AutoModelForCausalLM.from_pretrained({place!r}, trust_remote_code=True)\n"""
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
     write(Path(s.out) / "report.md", text)
-    write(Path(report["student"]) / "README.md", text)
+    write(Path(place) / "README.md", text)
     write(Path(s.out) / "report.json", json.dumps(about | report, default=vars, indent=1))
-    return f"{table(report['rows'])}\nThe student is in {report['student']}: see its README.md."
+    return f"{rows}\nThe student is in {place}: see its README.md."
 
 def table(rows: list[dict]) -> str:
     """A Markdown table of rows with the same keys."""
@@ -1347,29 +1342,28 @@ def dry_run(s, teacher) -> str:
     """Three steps of every stage, of an all-linear student on random tokens -> a table of what a
     run will take, by the last of them: the first ones compile."""
     student, teach, rows = transfer_attention(teacher, mixer=s.mixer), TeacherPass(teacher, 0), []
-    inputs = [teacher], [teach], [teach], []
-    each = len(s.placed)
-    times = 1, teacher.config.num_hidden_layers * (None in s.placed.values()), each, each
-    for (name, b), inputs, times in zip(s.budgets.items(), inputs, times):
+    inputs, L, each = ([teacher], [teach], [teach], []), len(teacher.model.layers), len(s.placed)
+    counts = 1, L * (None in s.placed.values()), each, each
+    for (name, b), others, times in zip(s.budgets.items(), inputs, counts):
         tokens = torch.randint(s.vocab, (min(b.batch, s.at_a_time[name]), b.length))
-        step = STAGES[name](student, *inputs, [tokens] * 3, 3)[-1]
+        step = STAGES[name](student, *others, [tokens] * 3, 3)[-1]
         # a selection that agrees at once trains on select_from and on twice as many
         total = min(b.tokens, 3 * s.select_first.tokens) if name == "select" else b.tokens
-        speed, peak = step["tokens"] / step["seconds"], torch.cuda.max_memory_allocated() / 2**30
+        speed, peak = step["tokens"] / step["seconds"], torch.cuda.max_memory_allocated()
         row = {"stage": name, "tokens": total, "times": times, "tokens/s": round(speed)}
-        rows.append(row | {"hours": times * total / speed / 3600, "GiB so far": peak})
+        rows.append(row | {"hours": times * total / speed / 3600, "GiB so far": peak / 2**30})
     hours = sum(row["hours"] for row in rows)
     return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations."
 
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "torch.distributed is disabled|.*checkpointing_enable")
-    s, code = parse(argv), 1
+    s = parse(argv)
     if "WORLD_SIZE" in os.environ:  # by torchrun: a GPU for each process, or all on the CPU
         if cuda := s.device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(None if cuda else "gloo", timeout=datetime.timedelta(days=1))
-    rank = rank_and_world()[0]
+    code, rank = 0, rank_and_world()[0]
     try:
         teacher, tokenizer = load_teacher(s)
         resolve(s, teacher)
@@ -1381,13 +1375,11 @@ def main(argv=None) -> int:
                 lock.acquire()
             corpus = load_corpus(s, tokenizer) if s.data else EmbeddedCorpus(s.seed)
             report = run(s, teacher, tokenizer, corpus)
-            said = write_report(s, report) if rank == 0 else ""
-            gather("the report is written")
-        code = 0
+            said = gather(write_report(s, report) if rank == 0 else None)[0]
     except KeyboardInterrupt:
         code, said = 130, f"\nstopped; the same command goes on from the last save in {s.out}"
     except (UserError, FloatingPointError) as error:
-        said = f"error: {error}"
+        code, said = 1, f"error: {error}"
     if rank == 0:
         print(said, file=sys.stderr if code else sys.stdout)
     return code
