@@ -1017,7 +1017,7 @@ class EmbeddedCorpus(Corpus):
 
     def sample(self, part, count, length, draw, pairs=None):
         """{"text", "recall"}, half of `count` each, recall of 32 pairs, or as many as fit twice."""
-        require(count > 1, "each half of a batch is of a kind: give a batch of 2 or more")
+        require(count > 1, "half is text, half recall: give a batch of 2 or more")
         n, pairs = count // 2, pairs or min(length // 4, 32)
         starts = torch.randint(len(self.parts[part]) - length, (count - n,), generator=draw)
         text = torch.from_numpy(self.parts[part]).unfold(0, length, 1)[starts]
@@ -1060,7 +1060,7 @@ def load_corpus(s, tokenizer) -> Corpus:
         ids = np.load(file, mmap_mode="r")
         right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
         right = right and 0 <= ids.min() <= ids.max() < s.vocab
-        require(right, f"it must give a row of token ids, integers below {s.vocab}, the teacher's")
+        require(right, f"it must be a row of token ids, integers below {s.vocab}")
     return Corpus(ids, held_out, s.seed, tokenizer)
 
 def tokenised(s, files, tokenizer):
@@ -1068,15 +1068,16 @@ def tokenised(s, files, tokenizer):
     kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
     local = {str(file): kinds[file.suffix] for file in files if file.suffix in kinds}
     (kind, *others), how = {*local.values()} or {s.data}, {}
-    require(not others and bool(local) == bool(files), "local data are .txt, .jsonl or .parquet")
+    right = not others and bool(local) == bool(files)
+    require(right, "local data are all .txt, .jsonl or .parquet")
     if local:
         how = {"data_files": [*local]} | ({"sample_by": "document"} if kind == "text" else {})
-    datasets = importlib.import_module("datasets")  # an `import` is demanded of users of a student
+    datasets = importlib.import_module("datasets")  # as an import, a student would need it
     rows = datasets.load_dataset(kind, s.data_config, split="train", streaming=True, **how)
     for some in rows.shuffle(seed=s.seed, buffer_size=10_000).iter(256):
         found, eos = some.get(s.text_column, [...]), tokenizer.eos_token_id
         right = all(isinstance(text, str | None) for text in found)
-        require(right, f"--text-column must be one of {[*some]} that holds text, not messages")
+        require(right, f"--text-column must be one of {[*some]} that holds text")
         texts = [text for text in found if text]
         for ids in tokenizer(texts)["input_ids"] if texts else ():
             yield from ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
@@ -1145,7 +1146,7 @@ class Budget:
 
     def __post_init__(self):
         right = min(self.tokens, self.batch, self.length - 7, self.lr) > 0 <= self.rest_lr
-        require(right, f"a stage wants tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
+        require(right, f"a stage wants tokens, length > 7, lr > 0, rest_lr >= 0: {self}")
         self.steps = max(1, self.tokens // (self.batch * self.length))
 
 STAGES = {"align": align_hidden_states, "select": distill_logits, "distill": distill_logits,
@@ -1167,23 +1168,23 @@ def parse(argv=None) -> argparse.Namespace:
     more = f"Of {', '.join(STAGES)}: --STAGE-tokens, -length, -batch, -lr, -rest-lr. {BUDGETS}"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more)
     add, hidden = parser.add_argument, argparse.SUPPRESS
-    add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
-    add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
-    add("--data-config", help="of a hub dataset, e.g. sample-10BT")
-    add("--text-column", default="text", help="of a dataset, .jsonl or .parquet [text]")
+    add("--teacher", help="Llama, Mistral, Qwen2, Qwen3: hub id or folder")
+    add("--data", help="hub id, .txt, .jsonl, .parquet, folder, .npy of ids")
+    add("--data-config", help="of a hub data set: sample-10BT")
+    add("--text-column", default="text", help="of the data [text]")
     add("--softmax-layers", type=int, metavar="K", help="how many stay [a quarter]")
     add("--select", default="ga-s2", help=f"which stay: {PLACES} [ga-s2]")
-    add("--baselines", help="further rows: several of these, or none")
+    add("--baselines", help="further rows, or none")
     add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
-    add("--budget", choices=BUDGETS, help="of the stages [small; from 1B parameters day]")
-    add("--select-from", type=int, default=0, help="tokens, doubled until twice alike")
-    add("--out", default="runs/default", help="the same command goes on in it [runs/default]")
-    add("--seed", type=int, default=0, help="of data order and new weights [0]")
+    add("--budget", choices=BUDGETS, help="[small; from 1B parameters day]")
+    add("--select-from", type=int, default=0, help="tokens, doubled until the K best stay")
+    add("--out", default="runs/default", help="[runs/default]")
+    add("--seed", type=int, default=0, help="of data and weights [0]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="[on a GPU bfloat16]")
     add("--micro-batch", type=int, default=0, help="sequences at a time [by length]")
-    add("--held-out", type=int, default=64, help="sequences to score and test on [64]")
-    add("--dry-run", action="store_true", help="try every stage: tokens/s, hours, memory")
+    add("--held-out", type=int, default=64, help="sequences to test on [64]")
+    add("--dry-run", action="store_true", help="hours and memory of every stage")
     for stage, budget in zip(STAGES, BUDGETS["paper"]):
         for name, value in dataclasses.asdict(budget).items():
             if value:  # stages 1 and 3 have no rest_lr
@@ -1203,13 +1204,13 @@ def resolve(s, teacher) -> None:
     for stage, default in zip(STAGES, BUDGETS[s.budget]):
         values = dataclasses.asdict(default).items()
         b = Budget(*(getattr(s, f"{stage}_{name}", value) for name, value in values))
-        require(b.batch % world == 0, f"--{stage}-batch must be a multiple of {world} processes")
+        require(b.batch % world == 0, f"--{stage}-batch: a multiple of {world} processes")
         s.budgets[stage] = b
     tokens = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
     s.select_first = dataclasses.replace(s.budgets["select"], tokens=tokens)
     most = 2**15 if large else 2**16  # tokens at a time, before memory tells
     s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
-    s.shard = world > 1 and large  # a candidate, of 16 bytes a weight: no GPU need hold it whole
+    s.shard = world > 1 and large  # a candidate: of 16 bytes a weight
     given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
     default = len(given) or max(1, L // 4)
     k = s.softmax_layers = default if s.softmax_layers is None else s.softmax_layers
@@ -1218,7 +1219,7 @@ def resolve(s, teacher) -> None:
     rows = s.baselines or ("none" if large else "all-linear,uniform,centred,random")
     known = dict.fromkeys(SELECTORS) | {name: rule(L, k, s.seed) for name, rule in RULES.items()}
     known |= {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
-    s.placed = {}  # the rows: {name: its layers, or None where a selector must find them}
+    s.placed = {}  # the rows: {name: layers, or None for a selector to find}
     for name in [s.select, *(name for name in rows.split(",") if name != "none")]:
         if name.startswith("published"):
             known[name] = published_layers(name, k, s.teacher or "")
@@ -1241,8 +1242,9 @@ def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
     require(bool(s.teacher) == bool(s.data), "--teacher and --data go together")
     for option, place in ("--teacher", s.teacher or "."), ("--data", s.data or "."):
-        hub_id = place.count("/") == 1 and not Path(place).parent.is_dir()
-        require(hub_id or Path(place).exists(), f"{option} {place}: no such file or folder")
+        path, hub_id = Path(place), place.count("/") == 1
+        right = path.exists() or hub_id and not path.parent.is_dir()
+        require(right, f"{option} {place}: no such file or folder")
     place = s.teacher or EMBEDDED_TEACHER
     with one_sentence(f"cannot use --teacher {place} on --device {s.device}"):
         config = transformers.AutoConfig.from_pretrained(place)
@@ -1276,7 +1278,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         how |= dict(folder=out / folder, micro_batch=s.at_a_time[name])
         inputs = *inputs, batches[name], b[name].steps, b[name].lr
         torch.manual_seed(s.seed)
-        model.to("cpu" if world > 1 else s.device)  # several processes train a sharded copy
+        model.to("cpu" if world > 1 else s.device)  # else a copy, sharded, trains
         stages[folder] = sharded(STAGES[name], model, *inputs, **how)
         return folder
 
@@ -1300,7 +1302,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         if layers is None:
             layers = select_layers(x, name, s.select_first.steps)[:k]
         if name != "teacher":
-            model, after = restore_attention(student, teacher, layers), (aligned, sorted(layers))
+            model = restore_attention(student, teacher, layers)
+            after = aligned, sorted(layers)
             after = train_stage("distill", after, model, teach, rest_lr=b["distill"].rest_lr)
             train_stage("finetune", after, model)
             to_teachers_dtype(model).to(s.device)
@@ -1318,7 +1321,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
 def write_report(s, report) -> str:
     """report.json, and report.md, which is the card of the student, too -> what to say of it."""
     chip = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "CPU"
-    machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}"
+    machine = f"{chip}, torch {torch.__version__}"
     about = {"command": shlex.join(["python", *sys.argv]), "machine": machine, **vars(s)}
     rows, place = table(report["rows"]), report["student"]
     text = f"""---\nlibrary_name: transformers\n---\n{rows}
@@ -1353,7 +1356,7 @@ def dry_run(s, teacher) -> str:
         row = {"stage": name, "tokens": total, "times": times, "tokens/s": round(speed)}
         rows.append(row | {"hours": times * total / speed / 3600, "GiB so far": peak / 2**30})
     hours = sum(row["hours"] for row in rows)
-    return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations."
+    return f"{table(rows)}\nIn all {hours:.2g} hours, without evaluations; select: ga-s2."
 
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
@@ -1377,7 +1380,7 @@ def main(argv=None) -> int:
             report = run(s, teacher, tokenizer, corpus)
             said = gather(write_report(s, report) if rank == 0 else None)[0]
     except KeyboardInterrupt:
-        code, said = 130, f"\nstopped; the same command goes on from the last save in {s.out}"
+        code, said = 130, "\nstopped: the same command goes on from the last save"
     except (UserError, FloatingPointError) as error:
         code, said = 1, f"error: {error}"
     if rank == 0:

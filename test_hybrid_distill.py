@@ -942,7 +942,7 @@ def test_tokens_are_of_the_tokenizer_at_hand_and_within_the_vocabulary(tmp_path,
         assert (380 in ids, ids[0] == 2) == (tokenizer is merged, tokenizer is marked)
     assert len(made) == 3 == len([*tmp_path.glob("run/tokens-*.npy")])
     s.vocab, s.seed = 380, 1
-    with pytest.raises(hd.UserError, match="integers below 380, the teacher's"):
+    with pytest.raises(hd.UserError, match="integers below 380"):
         hd.load_corpus(s, merged)
 
 def test_parts_are_disjoint_and_batches_a_function_of_the_step():
