@@ -1146,7 +1146,7 @@ class Budget:
 
     def __post_init__(self):
         right = min(self.tokens, self.batch, self.length - 7, self.lr) > 0 <= self.rest_lr
-        require(right, f"a stage wants tokens, length > 7, lr > 0, rest_lr >= 0: {self}")
+        require(right, f"a stage wants tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
         self.steps = max(1, self.tokens // (self.batch * self.length))
 
 STAGES = {"align": align_hidden_states, "select": distill_logits, "distill": distill_logits,
