@@ -962,6 +962,10 @@ def seeded(*name) -> torch.Generator:
     digest = hashlib.sha256(json.dumps(name).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
+def byte_tokenizer():
+    """The embedded teacher's: <pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3."""
+    return AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+
 class Corpus:
     """A stream of token ids [N]: first the validation part, then the test part, then train."""
 
@@ -1002,7 +1006,7 @@ class Corpus:
 
 class EmbeddedCorpus(Corpus):
     """Half of each batch is text as bytes, the standard library of Python and pydoc_data.topics,
-    split by file, byte b as token b + 3; half is recall. On text alone another layer wins."""
+    split by file; half is recall. On text alone another layer wins."""
     def __init__(self, seed: int):
         from pydoc_data.topics import topics
         library = Path(os.__file__).parent

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, dynamic_module_utils
+from transformers import AutoModelForCausalLM, DynamicCache, dynamic_module_utils
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -50,7 +50,6 @@ CONFIGS = {  # what differs: GQA, head_dim, biases, q/k norms, tied embeddings, 
     "mistral": MistralConfig(**SIZES, num_key_value_heads=4, sliding_window=8),
 }
 GREEDY = dict(do_sample=False, pad_token_id=0)
-byte_tokenizer = functools.partial(AutoTokenizer.from_pretrained, hd.EMBEDDED_TEACHER)
 
 PARAMETERS = inspect.signature(LlamaForCausalLM.forward).parameters
 CACHE = "cache" if "cache" in PARAMETERS else "past_key_values"  # renamed in transformers 5.24
@@ -890,7 +889,7 @@ TINY = """--align-tokens 64 --align-length 16 --align-batch 2 --softmax-layers 1
 def folder(tmp_path, request):
     """With a teacher and its data, for runs of `arguments`."""
     make_teacher(getattr(request, "param", "llama")).save_pretrained(tmp_path / "teacher")
-    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    hd.byte_tokenizer().save_pretrained(tmp_path / "teacher")
     np.save(tmp_path / "ids.npy", tokens(6000).numpy())
     return tmp_path
 
@@ -923,7 +922,7 @@ def test_every_kind_of_data_gives_the_same_documents(kind, tmp_path, datasets):
         (tmp_path / f"{n}.txt").write_text(texts[n])
     {"txt": id, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind](tmp_path / f"a.{kind}")
     s = settings(tmp_path, "--data", tmp_path, "--held-out", 80)  # all is needed
-    ids = np.concatenate([*hd.load_corpus(s, byte_tokenizer()).parts.values()])
+    ids = np.concatenate([*hd.load_corpus(s, hd.byte_tokenizer()).parts.values()])
     documents = bytes(np.maximum(ids.astype(int) - 3, 0).tolist()).split(b"\0")[:-1]
     assert sorted(documents) == sorted(text.encode() for text in texts) and ids[-1] == 1
     assert documents != sorted(documents)
@@ -932,7 +931,7 @@ def test_tokens_are_of_the_tokenizer_at_hand_and_within_the_vocabulary(tmp_path,
     (tmp_path / "a.txt").write_text(90 * "1 2 12 ")
     s, made = settings(tmp_path, "--data", tmp_path / "a.txt"), watch(hd, "tokenised")
     tokenizers = pytest.importorskip("tokenizers")
-    plain, merged, marked = (byte_tokenizer() for _ in range(3))
+    plain, merged, marked = (hd.byte_tokenizer() for _ in range(3))
     of, begin = type(plain.backend_tokenizer.model), tokenizers.processors.TemplateProcessing
     merged.backend_tokenizer.model = of({**plain.get_vocab(), "12": 380}, [("1", "2")])
     marked.backend_tokenizer.post_processor = begin("<unk> $A", None, [("<unk>", 2)])
@@ -1043,7 +1042,7 @@ def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypat
     make_teacher().save_pretrained("mute")
     torn = {name: p for name, p in weights(make_teacher()).items() if "0.mlp.up" not in name}
     make_teacher().save_pretrained("torn", state_dict=torn)
-    byte_tokenizer().save_pretrained("torn")
+    hd.byte_tokenizer().save_pretrained("torn")
     with contextlib.nullcontext() if more else filelock.FileLock("run/.lock-0"):
         assert hd.main(arguments(folder, *more)) == 1
     error = capsys.readouterr().err.split("error: ", 1)[1].strip()
@@ -1055,7 +1054,7 @@ def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypat
 def saved_student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "student"
     make_student(make_teacher("qwen3"), [1]).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    hd.byte_tokenizer().save_pretrained(folder)
     return folder
 
 def load(folder, **how):
@@ -1080,9 +1079,9 @@ def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path):
     how = dict(model=str(saved_student), trust_remote_code=True)
     write = transformers.pipeline("text-generation", **how)
     text = write("a prompt", max_new_tokens=8, do_sample=False)[0]["generated_text"]
-    prompt = byte_tokenizer()("a prompt", return_tensors="pt")
+    prompt = hd.byte_tokenizer()("a prompt", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
-    assert text == byte_tokenizer().decode(written)
+    assert text == hd.byte_tokenizer().decode(written)
     for p in teacher.parameters():  # not the buffers, as in loading
         p.data = p.data.bfloat16()
     student, hybrid = make_student(teacher, [1]), hd.HYBRIDS[type(teacher)]
@@ -1139,7 +1138,7 @@ def test_trainer_takes_a_step_and_its_checkpoint_loads(lora, saved_student, tmp_
         assert equal(weights(load(tmp_path / "saved")), weights(model))
 
 def test_needle_prompts_hold_their_answer_and_whole_answers_count():
-    tokenizer, filler = byte_tokenizer(), tokens(4000).numpy()
+    tokenizer, filler = hd.byte_tokenizer(), tokens(4000).numpy()
     prompts, answers = hd.needle_prompts(tokenizer, filler, 4, 3, 900, hd.seeded("needle"))
     assert prompts.shape == (3, 900) and answers.shape == (3, 6)
     for prompt, answer in zip(map(tokenizer.decode, prompts), map(tokenizer.decode, answers)):
