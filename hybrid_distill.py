@@ -40,6 +40,7 @@ import shlex
 import shutil
 import sys
 import time
+import timeit
 import warnings
 from pathlib import Path
 
@@ -936,15 +937,16 @@ class Corpus:
     def sample(self, part: str, count: int, length: int, draw) -> dict[str, torch.Tensor]:
         """{"text": tokens [count, length]}, so many different pieces of a part."""
         ids = self.parts[part]
-        require(len(ids) >= count * length, f"the {part} part has {len(ids)} tokens, too few for "
-                f"{count} sequences of {length}: more data, shorter or fewer ones")  # fmt: skip
+        right = len(ids) >= count * length > 0
+        require(right, f"the {part} part has {len(ids)} tokens, not {count} sequences of {length}")
         starts = torch.randperm(len(ids) // length, generator=draw)[:count, None].numpy() * length
         return {"text": torch.from_numpy(ids[starts + np.arange(length)].astype(np.int64))}
 
     def batches(self, stage: str, b: Budget):
         """A function of the step -> tokens [batch, length] of the train part."""
-        draw = lambda step: seeded(self.seed, stage, step)
-        kinds = lambda step: self.sample("train", b.batch, b.length, draw(step))
+        size = "train", b.batch, b.length
+        kinds = lambda step: self.sample(*size, seeded(self.seed, stage, step))
+        kinds(0)  # too little data is told before anything trains
         return lambda step: torch.cat([*kinds(step).values()])
 
     def held_out(self, part: str, count: int, length: int) -> dict[str, list]:
@@ -955,52 +957,61 @@ class Corpus:
     def recall(self, model, part="test", lengths=(512, 1024, 2048, 4096), count=32) -> dict:
         """The share of needles found, one or one of four, in so many tokens of a part."""
         found, filler = {}, self.parts[part]
-        for length, needles in itertools.product(lengths, (1, 4)):
-            if self.tokenizer and length < len(filler):
-                draw = seeded(self.seed, part, length, needles)
-                prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
-                found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
+        fitting = [length for length in lengths if length < len(filler)]
+        for length, needles in itertools.product(fitting, (1, 4)):
+            draw = seeded(self.seed, part, length, needles)
+            prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
+            found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
         return {"recall": sum(found.values()) / len(found) if found else None, "needles": found}
 
 class EmbeddedCorpus(Corpus):
     """Half of each batch is text as bytes, the standard library of Python and pydoc_data.topics,
-    split by file; half is recall: as many pairs `k v k v ...` of distinct keys and random values as
-    fit, then the keys in another order, each with its value. On text alone another layer wins."""
+    split by file; half is recall. On text alone another layer wins."""
     def __init__(self, seed: int):
-        import pydoc_data.topics
+        from pydoc_data.topics import topics
         library = Path(os.__file__).parent
         files = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
         skip = {"site-packages", "dist-packages", "test", "pydoc_data", "idlelib", "lib2to3"}
         texts = [file.read_bytes() for file in files if file.parent.name not in skip]
-        texts += [text.encode() for _, text in sorted(pydoc_data.topics.topics.items())]
+        texts += [text.encode() for _, text in sorted(topics.items())]
         self.seed, self.parts = seed, {}
         for part, tenths in ("validation", [8]), ("test", [9]), ("train", range(8)):
             text = b"".join(text for i, text in enumerate(texts) if i % 10 in tenths)
             self.parts[part] = np.frombuffer(text, np.uint8).astype(np.int64) + 3
 
     def sample(self, part, count, length, draw, pairs=None):
-        """{"text", "recall"}, half of `count` each, `pairs` of keys and values in a row."""
-        require(count > 1, "each half of a batch is of a kind: give a batch of 2 or more")
+        """{"text", "recall"}, half of `count` each, recall of 32 pairs, or as many as fit twice."""
+        require(count > 1, "half is text, half recall: give a batch of 2 or more")
         n, pairs = count // 2, pairs or min(length // 4, 32)
-        starts = torch.randint(len(self.parts[part]) - length, (count - n, 1), generator=draw)
-        text = torch.from_numpy(self.parts[part][starts.numpy() + np.arange(length)])
-        known = recall_prompts(pairs, n, draw)[0][:, :-1].view(n, pairs, 2)
-        rounds = -(-length // (2 * pairs))
-        order = torch.rand(n, rounds, pairs, generator=draw).argsort(2).flatten(1)
-        asked = known.gather(1, order[..., None].expand(-1, -1, 2))
-        return {"text": text, "recall": torch.cat([known, asked], 1).flatten(1)[:, :length]}
+        starts = torch.randint(len(self.parts[part]) - length, (count - n,), generator=draw)
+        text = torch.from_numpy(self.parts[part]).unfold(0, length, 1)[starts]
+        recall = recall_rows(n, pairs, -(-length // (2 * pairs)), draw)[:, :length]
+        return {"text": text, "recall": recall}
 
     def recall(self, model, part="test", count=256) -> dict:
-        """The share of right answers to prompts of 32 pairs; chance is 6 %."""
-        prompts = recall_prompts(32, count, seeded(self.seed, "recall", part))
-        return {"recall": recall_accuracy(model, *prompts)}
+        """The share of right answers to one key of 32 pairs; chance is 6 %."""
+        rows = recall_rows(count, 32, 0, seeded(self.seed, "recall", part))
+        return {"recall": recall_accuracy(model, rows[:, :-1], rows[:, -1:])}
 
-def load_tokens(s, tokenizer):
-    """--data as ids [N]: a .npy as it is; of text, tokenised once, what the stages take."""
+def recall_rows(count: int, pairs: int, rounds: int, draw):
+    """Rows of `k v` pairs, distinct keys of 32 and values of 16, all single bytes; then `rounds`
+    times the keys in another order, each with its value: [count, 2 pairs (1 + rounds)]. With
+    rounds = 0 one key is asked: [count, 2 pairs + 2]."""
+    k = 68 + torch.rand(count, 32, generator=draw).argsort(1)[:, :pairs]
+    v = 100 + torch.randint(16, (count, pairs), generator=draw)
+    order = torch.randint(pairs, (count, 1), generator=draw)
+    if rounds:
+        order = torch.rand(count, rounds, pairs, generator=draw).argsort(2).flatten(1)
+    k, v = (torch.cat([t, t.gather(1, order)], 1) for t in (k, v))
+    return torch.stack([k, v], -1).flatten(1)
+
+def load_corpus(s, tokenizer) -> Corpus:
+    """Of --data: a .npy of token ids as it is; of text, tokenised once, what the stages take."""
+    held_out = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
     file = path = Path(s.data)
     with one_sentence(f"cannot use --data {s.data}"):
         if path.suffix != ".npy":
-            count = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out_tokens
+            count = max(b.tokens for b in s.budgets.values()) + 2 * held_out
             files = [f for f in (path, *sorted(path.rglob("*"))) if f.is_file()]
             stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
             rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
@@ -1013,37 +1024,29 @@ def load_tokens(s, tokenizer):
         ids = np.load(file, mmap_mode="r")
         right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
         right = right and 0 <= ids.min() <= ids.max() < s.vocab
-        require(right, f"it must give a row of token ids, integers below {s.vocab}, the teacher's")
-    return ids
+        require(right, f"it must be a row of token ids, integers below {s.vocab}")
+    return Corpus(ids, held_out, s.seed, tokenizer)
 
 def tokenised(s, files, tokenizer):
     """Yields the ids of text: documents in a seeded order, each closed with EOS."""
-    kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
     local = {str(file): kinds[file.suffix] for file in files if file.suffix in kinds}
     (kind, *others), how = {*local.values()} or {s.data}, {}
-    require(not others and bool(local) == bool(files), "local data are .txt, .jsonl or .parquet")
+    right = not others and bool(local) == bool(files)
+    require(right, "local data are all .txt, .jsonl or .parquet")
     if local:
         how = {"data_files": [*local]} | ({"sample_by": "document"} if kind == "text" else {})
-    datasets = importlib.import_module("datasets")  # an `import` is demanded of users of a student
+    datasets = importlib.import_module("datasets")  # as an import, a student would need it
     rows = datasets.load_dataset(kind, s.data_config, split="train", streaming=True, **how)
     for some in rows.shuffle(seed=s.seed, buffer_size=10_000).iter(256):
         found, eos = some.get(s.text_column, [...]), tokenizer.eos_token_id
         right = all(isinstance(text, str | None) for text in found)
-        require(right, f"--text-column must be one of {[*some]} that holds text, not messages")
+        require(right, f"--text-column must be one of {[*some]} that holds text")
         texts = [text for text in found if text]
         for ids in tokenizer(texts)["input_ids"] if texts else ():
             yield from ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 # ------------------------------------------------------------------------------------- evaluation
-
-def recall_prompts(pairs: int, count: int, draw):
-    """Prompts `k v k v ... q` [count, 2 pairs + 1] of 32 keys, distinct, and 16 values, all single
-    bytes; answers [count, 1]."""
-    k = 68 + torch.rand(count, 32, generator=draw).argsort(1)[:, :pairs]
-    v = 100 + torch.randint(16, (count, pairs), generator=draw)
-    asked = torch.randint(pairs, (count, 1), generator=draw)
-    prompts = torch.cat([torch.stack([k, v], -1).flatten(1), k.gather(1, asked)], 1)
-    return prompts, v.gather(1, asked)
 
 NEEDLE = "\nThe special magic number for {} is {}.\n"
 QUESTION = "\nWhat is the special magic number for {0}? The special magic number for {0} is"
@@ -1075,29 +1078,25 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
     return tuple(map(torch.tensor, zip(*found)))
 
 @torch.no_grad()
-def recall_accuracy(model, prompts, answers, batch: int = 32) -> float:
+def recall_accuracy(model, prompts, answers) -> float:
     """The share of prompts [N, P] that the model, written greedily, goes on with answer [N, A]."""
-    right, A = 0, answers.shape[1]
-    how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1, pad_token_id=0)
-    for tokens, answer in zip(prompts.to(model.device).split(batch), answers.split(batch)):
-        how |= dict(attention_mask=torch.ones_like(tokens), repetition_penalty=1.0)
-        written = model.generate(tokens, **how)[:, -A:]
-        right += int((written.cpu() == answer).all(1).sum())
-    return right / len(prompts)
+    A, parts = answers.shape[1], prompts.to(model.device).split(32)
+    how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1)
+    how |= dict(repetition_penalty=1.0, pad_token_id=0)
+    texts = [model.generate(x, attention_mask=torch.ones_like(x), **how) for x in parts]
+    return (torch.cat(texts)[:, -A:].cpu() == answers).all(1).double().mean().item()
 
 @torch.no_grad()
 def running_cost(model, length: int) -> dict:
     """Of one sequence of so many tokens: bytes of its cache and, on a GPU, tokens/s behind it."""
-    tokens = torch.ones(1, length, dtype=torch.long, device=model.device)
-    output = model.model(input_ids=tokens, use_cache=True)
-    cache = next(value for value in output.values() if isinstance(value, Cache))
-    found = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
-    seconds = dict.fromkeys((1, 65), math.inf)
-    for new in (1, 65) * 4 if tokens.is_cuda else ():  # the least of four
-        start, how = time.monotonic(), dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        model.generate(tokens, attention_mask=tokens, pad_token_id=0, **how).tolist()
-        seconds[new] = min(seconds[new], time.monotonic() - start)
-    return found | ({"decoded/s": 64 / (seconds[65] - seconds[1])} if tokens.is_cuda else {})
+    tokens = torch.ones(1, length, dtype=torch.long)
+    cache = model.model(input_ids=tokens.to(model.device), use_cache=True)[1]
+    cost = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
+    if model.device.type == "cuda":
+        written = lambda n: recall_accuracy(model, tokens, torch.ones(1, n))
+        seconds = lambda n: min(timeit.repeat(lambda: written(n), number=1, repeat=4))
+        cost["decoded/s"] = 64 / (seconds(65) - seconds(1))
+    return cost
 
 # ------------------------------------------------------------------------- the plumbing: settings
 
@@ -1115,9 +1114,9 @@ class Budget:
         require(right, f"a stage wants tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
         self.steps = max(1, self.tokens // (self.batch * self.length))
 
-STAGES = "align", "select", "distill", "finetune"
-BUDGETS = {  # of these stages: for the teacher in assets/; below 1B parameters, minutes on a GPU;
-    # from 1B on, a day of one; and of [1], stage 3 of [2]
+STAGES = {"align": align_hidden_states, "select": distill_logits, "distill": distill_logits,
+          "finetune": finetune}  # fmt: skip
+BUDGETS = {  # of these stages: for minutes on a CPU, minutes and a day of a GPU, and of [1]
     "embedded": (Budget(614_400, 128, 32, 3e-3), Budget(81_920, 128, 32, 1e-3, 1e-4),
                  Budget(245_760, 128, 32, 1e-3, 1e-4), Budget(81_920, 256, 16, 1e-4)),
     "small": (Budget(10_000_000, 512, 96, 2e-3), Budget(196_608, 1024, 16, 5e-4, 5e-5),
@@ -1131,71 +1130,69 @@ PLACES = ", ".join(["3,7,11", *SELECTORS, *RULES, "published[:SCORE]", "all-line
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; what depends on the teacher is filled in by `resolve`."""
-    epilog = f"Each of {STAGES} takes --STAGE-tokens, -length, -batch, -lr, and select and distill "
-    epilog += f"-rest-lr, of what is not attention (0: frozen). Defaults: {BUDGETS}"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
+    more = f"Of {', '.join(STAGES)}: --STAGE-tokens, -length, -batch, -lr, -rest-lr. {BUDGETS}"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more)
     add, hidden = parser.add_argument, argparse.SUPPRESS
-    add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
-    add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
-    add("--data-config", help="of a hub dataset, e.g. sample-10BT")
-    add("--text-column", default="text", help="of a dataset, .jsonl or .parquet [text]")
-    add("--softmax-layers", type=int, metavar="K", help="how many stay [embedded 1, else L/4]")
+    add("--teacher", help="Llama, Mistral, Qwen2, Qwen3: hub id or folder")
+    add("--data", help="hub id, .txt, .jsonl, .parquet, folder, .npy of ids")
+    add("--data-config", help="of a hub data set: sample-10BT")
+    add("--text-column", default="text", help="of the data [text]")
+    add("--softmax-layers", type=int, metavar="K", help="how many stay [a quarter]")
     add("--select", default="ga-s2", help=f"which stay: {PLACES} [ga-s2]")
-    add("--baselines", help="further rows: several of these, or none")
+    add("--baselines", help="further rows, or none")
     add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
-    add("--budget", choices=BUDGETS, help="defaults of the stages [small; from 1B parameters day]")
-    add("--select-from", type=int, default=0, help="tokens, doubled until the K best agree twice")
-    add("--out", default="runs/default", help="the run folder; the same command goes on in it")
-    add("--seed", type=int, default=0, help="of data order, new weights, the random rule [0]")
+    add("--budget", choices=BUDGETS, help="[small; from 1B parameters day]")
+    add("--select-from", type=int, default=0, help="tokens, doubled until the K best stay")
+    add("--out", default="runs/default", help="[runs/default]")
+    add("--seed", type=int, default=0, help="of data and weights [0]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
-    add("--micro-batch", type=int, default=0, help="sequences at a time [2^15 or 2^16 tokens]")
-    add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
-    add("--dry-run", action="store_true", help="try every stage: tokens/s, hours, memory")
+    add("--dtype", choices=("bfloat16", "float32"), help="[on a GPU bfloat16]")
+    add("--micro-batch", type=int, default=0, help="sequences at a time [by length]")
+    add("--held-out", type=int, default=64, help="sequences to test on [64]")
+    add("--dry-run", action="store_true", help="hours and memory of every stage")
     for stage, budget in zip(STAGES, BUDGETS["paper"]):
-        for name, value in vars(budget).items():
-            if value and name != "steps":  # stages 1 and 3 have no rest_lr
+        for name, value in dataclasses.asdict(budget).items():
+            if value:  # stages 1 and 3 have no rest_lr
                 option = f"--{stage}-{name}".replace("_", "-")
                 add(option, type=type(value), help=hidden, default=hidden)
     s = parser.parse_args(argv)
     s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
     return s
 
-def resolve(s, config, parameters: int) -> None:
-    """Fill in what depends on the teacher's config and size, and refuse what cannot work."""
-    L, s.large, s.vocab = config.num_hidden_layers, parameters >= 10**9, config.vocab_size
-    right = min(s.held_out - 1, s.seed, s.micro_batch, s.select_from) >= 0 and s.seed < 2**32
-    require(right, "--held-out must be at least 1, --seed, --micro-batch, --select-from 0")
-    s.budget = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large]
-    s.budgets, world = {}, rank_and_world()[1]
+def resolve(s, teacher) -> None:
+    """Fill in what depends on the teacher and its size, and refuse what cannot work."""
+    L, s.vocab = teacher.config.num_hidden_layers, teacher.config.vocab_size
+    world, parameters = rank_and_world()[1], teacher.num_parameters()
+    s.large = parameters >= 10**9
+    if s.large:  # its copies train; in itself, which does not, nothing is computed twice
+        teacher.gradient_checkpointing_enable()
+    s.budget, s.budgets = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large], {}
     for stage, default in zip(STAGES, BUDGETS[s.budget]):
         values = dataclasses.asdict(default).items()
         b = Budget(*(getattr(s, f"{stage}_{name}", value) for name, value in values))
-        require(b.batch % world == 0, f"--{stage}-batch must be a multiple of {world} processes")
+        require(b.batch % world == 0, f"--{stage}-batch: a multiple of {world} processes")
         s.budgets[stage] = b
-    s.select_from = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
-    s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
+    tokens = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
+    s.select_first = dataclasses.replace(s.budgets["select"], tokens=tokens)
     most = 2**15 if s.large else 2**16  # tokens at a time, before memory tells
     s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
     # is a candidate, of 16 bytes a weight, too large for one GPU with teacher and activations?
     memory = torch.cuda.mem_get_info()[1] if s.device.startswith("cuda") else math.inf
-    s.shard = world > 1 and 18 * parameters > 0.6 * memory
-
+    s.shard = world > 1 and any(gather(18 * parameters > 0.6 * memory))
     given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
-    if s.softmax_layers is None:
-        s.softmax_layers = len(given) or (max(1, L // 4) if s.teacher else 1)
-    k = s.softmax_layers
+    default = len(given) or max(1, L // 4)
+    k = s.softmax_layers = default if s.softmax_layers is None else s.softmax_layers
     require(1 <= k <= L, f"--softmax-layers must be within 1..{L}, not {k}")
     require(len(given) in (0, k), f"--select lists {len(given)} layers, not {k}")
     rows = s.baselines or ("none" if s.large else "all-linear,uniform,centred,random")
-    s.names = [name for name in dict.fromkeys([s.select, *rows.split(",")]) if name != "none"]
-    s.placed = {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
-    for name in {*s.names} - {*SELECTORS, *s.placed}:
+    known = dict.fromkeys(SELECTORS) | {name: rule(L, k, s.seed) for name, rule in RULES.items()}
+    known |= {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
+    s.placed = {}  # the rows: {name: layers, or None for a selector to find}
+    for name in [s.select, *(name for name in rows.split(",") if name != "none")]:
         if name.startswith("published"):
-            s.placed[name] = published_layers(name, k, s.teacher or "")
-        else:
-            require(name in RULES, f"--select and --baselines take {PLACES}, not {name!r}")
-            s.placed[name] = RULES[name](L, k, s.seed)
+            known[name] = published_layers(name, k, s.teacher or "")
+        require(name in known, f"--select and --baselines take {PLACES}, not {name!r}")
+        s.placed[name] = known[name]
 
 @contextlib.contextmanager
 def one_sentence(beginning: str):
@@ -1209,122 +1206,106 @@ def one_sentence(beginning: str):
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 
-def load_config(s):
-    """(config, number of parameters) of the teacher; UserError says what --teacher is instead."""
-    hub = s.data and not Path(s.data).exists()
-    right = bool(s.teacher) == bool(s.data) and (hub or not s.data_config)
-    require(right, "--teacher and --data go together, --data-config with a dataset of the hub")
-    for option, place in (("--teacher", s.teacher), ("--data", s.data)) if s.teacher else ():
-        hub_id = re.fullmatch(r"[\w-][^/]*/[^/]+", place) and not Path(place).parent.is_dir()
-        right = hub_id or Path(place).exists()  # of anything else the hub is not asked
-        require(right, f"{option} {place}: there is no such file or folder")
-    with one_sentence(f"cannot use --teacher {s.teacher}"), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(s.teacher or EMBEDDED_TEACHER)
-        kind, known = config.model_type, [base.config_class.model_type for base in HYBRIDS]
-        require(kind in known, f"it is a {kind!r} model; supported are {', '.join(known)}")
-        return config, AutoModelForCausalLM.from_config(config).num_parameters()
-
 def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
-    place, how = s.teacher or EMBEDDED_TEACHER, dict(dtype=s.dtype, output_loading_info=True)
-    with one_sentence(f"cannot use the tokenizer of --teacher {place}"):
+    require(bool(s.teacher) == bool(s.data), "--teacher and --data go together")
+    for option, place in ("--teacher", s.teacher or "."), ("--data", s.data or "."):
+        path, hub_id = Path(place), place.count("/") == 1
+        right = path.exists() or hub_id and not path.parent.is_dir()
+        require(right, f"{option} {place}: no such file or folder")
+    place = s.teacher or EMBEDDED_TEACHER
+    with one_sentence(f"cannot use --teacher {place} on --device {s.device}"):
+        config = transformers.AutoConfig.from_pretrained(place)
+        kind, known = config.model_type, [base.config_class.model_type for base in HYBRIDS]
+        require(kind in known, f"it is a {kind!r} model; supported are {', '.join(known)}")
+        if s.dry_run:  # with random weights
+            with torch.device(s.device):
+                return AutoModelForCausalLM.from_config(config, dtype=s.dtype).eval(), None
         tokenizer = AutoTokenizer.from_pretrained(place)
-    with one_sentence(f"cannot use the weights of --teacher {place}"):
+        how = dict(dtype=s.dtype, output_loading_info=True)
         teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
         wrong = [*info["missing_keys"], *info["mismatched_keys"]]
         require(not wrong, f"it lacks {len(wrong)} of its weights, such as {wrong[:1]}")
-    return teacher.to(s.device).eval(), tokenizer
+        return teacher.to(s.device).eval(), tokenizer
 
 def key(*parts) -> str:
     """Eight letters for all that a result depends on."""
     return hashlib.sha1(repr(parts).encode()).hexdigest()[:8]
 
-def key_of_all(s, teacher, corpus) -> str:
-    """Of teacher, data and the source of the method: an edit above the plumbing trains anew."""
-    weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
-    model = teacher.config.to_json_string(), teacher.dtype, weights
-    data = [hashlib.sha1(np.ascontiguousarray(ids)).digest() for ids in corpus.parts.values()]
-    files = [inspect.getsource(sys.modules[of.__module__]) for of in (Mixer, chunk_gla)]
-    code = [source.split("-- the plumbing")[0] for source in files]
-    return key(s.seed, s.mixer, s.held_out, model, data, code)
-
 def run(s, teacher, tokenizer, corpus) -> dict:
     """All stages, in the run folder -> the report. A stage is keyed by all that it depends on:
-    another K, baseline or later learning rate trains for itself alone. Of the processes of torchrun
-    the first one evaluates and writes."""
-    out, b, teach, stages, rows = Path(s.out), s.budgets, TeacherPass(teacher), {}, []
-    (rank, world), base = rank_and_world(), key_of_all(s, teacher, corpus)
+    another K, baseline or later learning rate trains for itself alone."""
+    out, b, k, teach = Path(s.out), s.budgets, s.softmax_layers, TeacherPass(teacher)
+    (rank, world), stages, rows, report = rank_and_world(), {}, [], {}
     batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
-    for name in b:
-        batches[name](0)  # data too short for a stage are told before anything trains
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
 
-    def train_stage(name, stage, model, *inputs, after=(), **how):
-        model.to("cpu" if s.large and world > 1 else s.device)  # while a sharded copy trains
-        folder = f"{name}-{key(base, *after, b[name])}"
+    def train_stage(name, after, model, *inputs, **how):
+        folder = f"{name}-{key(after, b[name])}"
         how |= dict(folder=out / folder, micro_batch=s.at_a_time[name])
-        torch.manual_seed(s.seed)
         inputs = *inputs, batches[name], b[name].steps, b[name].lr
-        stages[folder] = sharded(stage, model, *inputs, **how)
-        return stages[folder]
+        torch.manual_seed(s.seed)
+        model.to("cpu" if world > 1 else s.device)  # else a copy, sharded, trains
+        stages[folder] = sharded(STAGES[name], model, *inputs, **how)
+        return folder
 
+    weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
+    data = [hashlib.sha1(np.ascontiguousarray(ids)).digest() for ids in corpus.parts.values()]
+    files = [inspect.getsource(sys.modules[of.__module__]) for of in (Mixer, chunk_gla)]
+    code = [source.split("-- the plumbing")[0] for source in files]  # what is above it
+    after = s.seed, s.mixer, s.held_out, teacher.config.to_json_string(), weights, data, code
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
-    if s.large:
-        student.gradient_checkpointing_enable()
-    how = dict(final_lr=b["align"].lr / 100)
-    history = train_stage("align", align_hidden_states, student, teacher, **how)
+    aligned = train_stage("align", after, student, teacher, final_lr=b["align"].lr / 100)
     if s.large:
         student.cpu()  # it is copied for every candidate, and the GPU is theirs
-    first = dataclasses.replace(b["select"], tokens=s.select_from)
-    file = out / f"select-{key(base, b['align'], dataclasses.replace(first, tokens=1))}"
     x = Selection(
-        student, teach, batches["select"], validation, s.softmax_layers, b["select"], history,
-        lambda model: corpus.recall(model, "validation")["recall"] or 0.0, file,
+        student, teach, batches["select"], validation, k, b["select"], stages[aligned],
+        lambda model: corpus.recall(model, "validation")["recall"] or 0.0,
+        out / f"select-{key(aligned, dataclasses.astuple(b['select'])[1:])}",
         s.at_a_time["select"], s.shard)  # fmt: skip
-    chosen, costs = {"teacher": [*x.layers]}, {"teacher": 0}
-    for name in s.names:
+    for name, layers in {"teacher": x.layers, **s.placed}.items():
         torch.manual_seed(s.seed)
-        x.spent = {}
-        layers = s.placed[name] if name in s.placed else select_layers(x, name, first.steps)
-        chosen[name], costs[name] = layers[: s.softmax_layers], sum(x.spent.values())
-    place = out / f"student-{'-'.join(map(str, sorted(chosen[s.select]))) or 'all-linear'}"
-    for name, layers in chosen.items():
-        model = teacher
+        x.spent, model = {}, teacher
+        if layers is None:
+            layers = select_layers(x, name, s.select_first.steps)[:k]
         if name != "teacher":
-            model, after = restore_attention(student, teacher, layers), [b["align"], sorted(layers)]
-            how = dict(after=after, rest_lr=b["distill"].rest_lr)
-            train_stage("distill", distill_logits, model, teach, **how)
-            train_stage("finetune", finetune, model, after=[*after, b["distill"]])
+            model = restore_attention(student, teacher, layers)
+            after = aligned, sorted(layers)
+            after = train_stage("distill", after, model, teach, rest_lr=b["distill"].rest_lr)
+            train_stage("finetune", after, model)
             to_teachers_dtype(model).to(s.device)
         if rank == 0:
             row = {"name": name, "softmax_layers": sorted(layers), **evaluate(model, teach, test)}
             row |= corpus.recall(model) | running_cost(model, b["finetune"].length)
-            rows.append(row | {"cost": costs[name]})
+            rows.append(row | {"cost": sum(x.spent.values())})
         if rank == 0 and name == s.select:
+            place = out / f"student-{'-'.join(map(str, sorted(layers))) or 'all-linear'}"
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
-    report = {"student": str(place), "chosen": chosen[s.select], "rows": rows}
-    return report | {"scores": x.scores, "stages": stages}
+            report = {"student": str(place), "chosen": layers}
+    return report | {"rows": rows, "scores": x.scores, "stages": stages}
 
 def write_report(s, report) -> str:
     """report.json, and report.md, which is the card of the student, too -> what to say of it."""
     chip = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else "CPU"
-    machine = f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}"
-    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine, **vars(s)}
-    load = f"AutoModelForCausalLM.from_pretrained({report['student']!r}, trust_remote_code=True)"
-    hub_id = s.teacher and not Path(s.teacher).exists()  # the hub takes no other base_model
-    base = f"base_model: {s.teacher}\n" if hub_id else ""
-    text = f"""---\nlibrary_name: transformers\n{base}---\n{table(report['rows'])}
+    about = {
+        "command": shlex.join(["python", *sys.argv]), "teacher": s.teacher or "embedded",
+        "data": s.data or "embedded", "seed": s.seed, "K": s.softmax_layers, "mixer": s.mixer,
+        "machine": f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}",
+        **s.budgets}  # fmt: skip
+    rows, place = table(report["rows"]), report["student"]
+    base = f"base_model: {s.teacher}\n" if s.teacher and not Path(s.teacher).exists() else ""
+    text = f"""---\nlibrary_name: transformers\n{base}---\n{rows}
 KL (nats), perplexity: test part; cost: tokens that candidates trained on. Every student had the
-same stages 2 and 3, and has its teacher's licence.\n\n- load: {load}\n"""
+same stages 2 and 3, and has its teacher's licence.\n
+- load: AutoModelForCausalLM.from_pretrained({place!r}, trust_remote_code=True)\n"""
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
     write(Path(s.out) / "report.md", text)
-    write(Path(report["student"]) / "README.md", text)
-    text = json.dumps(about | report, default=dataclasses.asdict, indent=1)
-    write(Path(s.out) / "report.json", text)
-    return f"{table(report['rows'])}\nThe student is in {report['student']}: see its README.md."
+    write(Path(place) / "README.md", text)
+    write(Path(s.out) / "report.json", json.dumps(about | report, default=vars, indent=1))
+    return f"{rows}\nThe student is in {place}: see its README.md."
 
 def table(rows: list[dict]) -> str:
     """A Markdown table of rows with the same keys."""
@@ -1333,69 +1314,49 @@ def table(rows: list[dict]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-def dry_run(s, config) -> str:
-    """Three steps of every stage on random weights and tokens -> a table of what a run will take,
-    by the last of them: the first ones compile."""
-    with torch.device(s.device):
-        teacher = AutoModelForCausalLM.from_config(config).to(getattr(torch, s.dtype)).eval()
+def dry_run(s, teacher) -> str:
+    """Three steps of every stage, of an all-linear student on random tokens -> a table of what a
+    run will take, by the last of them: the first ones compile."""
     student, teach, rows = transfer_attention(teacher, mixer=s.mixer), TeacherPass(teacher, 0), []
-    times = dict.fromkeys(STAGES, len(s.names)) | {"align": 1}
-    times["select"] = config.num_hidden_layers * any(name in SELECTORS for name in s.names)
-    if s.large:
-        student.gradient_checkpointing_enable()
-    others = {"align": (align_hidden_states, teacher), "finetune": (finetune,)}
-    for name, b in s.budgets.items():
-        (stage, *inputs), model = others.get(name, (distill_logits, teach)), student
-        if name != "align":
-            student.to("cpu" if s.large else s.device)  # as in a run
-            model = restore_attention(student, teacher, range(s.softmax_layers)).to(s.device)
+    inputs, L, each = ([teacher], [teach], [teach], []), len(teacher.model.layers), len(s.placed)
+    counts = 1, L * (None in s.placed.values()), each, each
+    for (name, b), others, times in zip(s.budgets.items(), inputs, counts):
         tokens = torch.randint(s.vocab, (min(b.batch, s.at_a_time[name]), b.length))
-        step = stage(model, *inputs, [tokens] * 3, 3)[-1]
+        step = STAGES[name](student, *others, [tokens] * 3, 3)[-1]
         # a selection that agrees at once trains on select_from and on twice as many
-        total = min(b.tokens, 3 * s.select_from) if name == "select" else b.tokens
-        speed, peak = step["tokens"] / step["seconds"], torch.cuda.max_memory_allocated() / 2**30
-        row = {"stage": name, "tokens": total, "times": times[name], "tokens/s": round(speed)}
-        rows.append(row | {"hours": times[name] * total / speed / 3600, "GiB so far": peak})
+        total = min(b.tokens, 3 * s.select_first.tokens) if name == "select" else b.tokens
+        speed, peak = step["tokens"] / step["seconds"], torch.cuda.max_memory_allocated()
+        row = {"stage": name, "tokens": total, "times": times, "tokens/s": round(speed)}
+        rows.append(row | {"hours": times * total / speed / 3600, "GiB so far": peak / 2**30})
     hours = sum(row["hours"] for row in rows)
-    return f"{table(rows)}\nIn all {hours:.2g} hours; select is of ga-s2, without evaluations."
+    return f"{table(rows)}\nIn all {hours:.2g} hours, without evaluations; select: ga-s2."
 
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
-    for expected in ("torch.distributed is disabled", ".*gradient_checkpointing_enable"):
-        warnings.filterwarnings("ignore", message=expected)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|.*checkpointing_enable")
     s = parse(argv)
     if "WORLD_SIZE" in os.environ:  # by torchrun: a GPU for each process, or all on the CPU
         if cuda := s.device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend, timeout = None if cuda else "gloo", datetime.timedelta(days=1)
-        dist.init_process_group(backend, timeout=timeout)
-    code, first = 1, rank_and_world()[0] == 0
+        dist.init_process_group(None if cuda else "gloo", timeout=datetime.timedelta(days=1))
+    code, rank = 0, rank_and_world()[0]
     try:
-        with one_sentence(f"cannot use --device {s.device}"):
-            torch.empty(1, device=s.device).item()
-        config, parameters = load_config(s)
-        resolve(s, config, parameters)
+        teacher, tokenizer = load_teacher(s)
+        resolve(s, teacher)
         if s.dry_run:
-            said = dry_run(s, config)
+            said = dry_run(s, teacher)
         else:
+            lock = filelock.FileLock(Path(s.out) / f".lock-{rank}", timeout=0)
             with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):
-                lock = filelock.FileLock(Path(s.out) / ".lock", timeout=0)
-                lock = lock.acquire() if first else contextlib.nullcontext()
-            with lock:
-                teacher, tokenizer = load_teacher(s)
-                corpus = EmbeddedCorpus(s.seed)
-                if s.data:
-                    ids = load_tokens(s, tokenizer)
-                    corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
-                report = run(s, teacher, tokenizer, corpus)
-                said = write_report(s, report) if first else ""
-                gather("the report is written")
-        code = 0
+                lock.acquire()
+            corpus = load_corpus(s, tokenizer) if s.data else EmbeddedCorpus(s.seed)
+            report = run(s, teacher, tokenizer, corpus)
+            said = gather(write_report(s, report) if rank == 0 else None)[0]
     except KeyboardInterrupt:
-        code, said = 130, f"\nstopped; the same command goes on from the last save in {s.out}"
+        code, said = 130, "\nstopped: the same command goes on from the last save"
     except (UserError, FloatingPointError) as error:
-        said = f"error: {error}"
-    if first:
+        code, said = 1, f"error: {error}"
+    if rank == 0:
         print(said, file=sys.stderr if code else sys.stdout)
     return code
 
