@@ -964,46 +964,9 @@ class Corpus:
             found[f"{needles} in {length}"] = recall_accuracy(model, *prompts)
         return {"recall": sum(found.values()) / len(found) if found else None, "needles": found}
 
-class EmbeddedCorpus(Corpus):
-    """Half of each batch is text as bytes, the standard library of Python and pydoc_data.topics,
-    split by file; half is recall. On text alone another layer wins."""
-    def __init__(self, seed: int):
-        from pydoc_data.topics import topics
-        library = Path(os.__file__).parent
-        files = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
-        skip = {"site-packages", "dist-packages", "test", "pydoc_data", "idlelib", "lib2to3"}
-        texts = [file.read_bytes() for file in files if file.parent.name not in skip]
-        texts += [text.encode() for _, text in sorted(topics.items())]
-        self.seed, self.parts = seed, {}
-        for part, tenths in ("validation", [8]), ("test", [9]), ("train", range(8)):
-            text = b"".join(text for i, text in enumerate(texts) if i % 10 in tenths)
-            self.parts[part] = np.frombuffer(text, np.uint8).astype(np.int64) + 3
-
-    def sample(self, part, count, length, draw, pairs=None):
-        """{"text", "recall"}, half of `count` each, recall of 32 pairs, or as many as fit twice."""
-        require(count > 1, "half is text, half recall: give a batch of 2 or more")
-        n, pairs = count // 2, pairs or min(length // 4, 32)
-        starts = torch.randint(len(self.parts[part]) - length, (count - n,), generator=draw)
-        text = torch.from_numpy(self.parts[part]).unfold(0, length, 1)[starts]
-        recall = recall_rows(n, pairs, -(-length // (2 * pairs)), draw)[:, :length]
-        return {"text": text, "recall": recall}
-
-    def recall(self, model, part="test", count=256) -> dict:
-        """The share of right answers to one key of 32 pairs; chance is 6 %."""
-        rows = recall_rows(count, 32, 0, seeded(self.seed, "recall", part))
-        return {"recall": recall_accuracy(model, rows[:, :-1], rows[:, -1:])}
-
-def recall_rows(count: int, pairs: int, rounds: int, draw):
-    """Rows of `k v` pairs, distinct keys of 32 and values of 16, all single bytes; then `rounds`
-    times the keys in another order, each with its value: [count, 2 pairs (1 + rounds)]. With
-    rounds = 0 one key is asked: [count, 2 pairs + 2]."""
-    k = 68 + torch.rand(count, 32, generator=draw).argsort(1)[:, :pairs]
-    v = 100 + torch.randint(16, (count, pairs), generator=draw)
-    order = torch.randint(pairs, (count, 1), generator=draw)
-    if rounds:
-        order = torch.rand(count, rounds, pairs, generator=draw).argsort(2).flatten(1)
-    k, v = (torch.cat([t, t.gather(1, order)], 1) for t in (k, v))
-    return torch.stack([k, v], -1).flatten(1)
+def EmbeddedCorpus(seed: int) -> Corpus:
+    """What the embedded teacher was trained on, text as bytes and recall: assets/embedded.py."""
+    return importlib.import_module("assets.embedded").EmbeddedCorpus(seed)
 
 def load_corpus(s, tokenizer) -> Corpus:
     """Of --data: a .npy of token ids as it is; of text, tokenised once, what the stages take."""
@@ -1252,8 +1215,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
 
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
     data = [hashlib.sha1(np.ascontiguousarray(ids)).digest() for ids in corpus.parts.values()]
-    files = [inspect.getsource(sys.modules[of.__module__]) for of in (Mixer, chunk_gla)]
-    code = [source.split("-- the plumbing")[0] for source in files]  # what is above it
+    files = [sys.modules[of.__module__] for of in (Mixer, chunk_gla, type(corpus))]
+    code = [inspect.getsource(file).split("-- the plumbing")[0] for file in files]
     after = s.seed, s.mixer, s.held_out, teacher.config.to_json_string(), weights, data, code
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
@@ -1314,23 +1277,6 @@ def table(rows: list[dict]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-def dry_run(s, teacher) -> str:
-    """Three steps of every stage, of an all-linear student on random tokens -> a table of what a
-    run will take, by the last of them: the first ones compile."""
-    student, teach, rows = transfer_attention(teacher, mixer=s.mixer), TeacherPass(teacher, 0), []
-    inputs, L, each = ([teacher], [teach], [teach], []), len(teacher.model.layers), len(s.placed)
-    counts = 1, L * (None in s.placed.values()), each, each
-    for (name, b), others, times in zip(s.budgets.items(), inputs, counts):
-        tokens = torch.randint(s.vocab, (min(b.batch, s.at_a_time[name]), b.length))
-        step = STAGES[name](student, *others, [tokens] * 3, 3)[-1]
-        # a selection that agrees at once trains on select_from and on twice as many
-        total = min(b.tokens, 3 * s.select_first.tokens) if name == "select" else b.tokens
-        speed, peak = step["tokens"] / step["seconds"], torch.cuda.max_memory_allocated()
-        row = {"stage": name, "tokens": total, "times": times, "tokens/s": round(speed)}
-        rows.append(row | {"hours": times * total / speed / 3600, "GiB so far": peak / 2**30})
-    hours = sum(row["hours"] for row in rows)
-    return f"{table(rows)}\nIn all {hours:.2g} hours, without evaluations; select: ga-s2."
-
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "torch.distributed is disabled|.*checkpointing_enable")
@@ -1344,7 +1290,7 @@ def main(argv=None) -> int:
         teacher, tokenizer = load_teacher(s)
         resolve(s, teacher)
         if s.dry_run:
-            said = dry_run(s, teacher)
+            said = importlib.import_module("assets.dry_run").dry_run(s, teacher)
         else:
             lock = filelock.FileLock(Path(s.out) / f".lock-{rank}", timeout=0)
             with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):

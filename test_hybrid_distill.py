@@ -981,9 +981,9 @@ def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch,
     assert [n for _, n in stages] == [2, 1] * (len(stages) // 2)
     for (first, _), (later, _) in zip(stages[:2] * 3, stages[2:]):
         assert all(torch.equal(first(i), later(i)) for i in range(3))
-    assert (report["seed"], report["softmax_layers"]) == (0, 1) and "| avg-s2 |" in text
+    assert (report["seed"], report["K"]) == (0, 1) and "| avg-s2 |" in text
     assert text == Path(report["student"], "README.md").read_text()
-    assert report["budgets"]["finetune"]["length"] == 32 and "Budget(tokens=64, length=32" in text
+    assert report["finetune"]["length"] == 32 and "Budget(tokens=64, length=32" in text
     assert {name.split("-")[0] for name in report["stages"]} == set(STAGES)
     assert set(report["scores"]) >= {f"[{i}] after 2" for i in range(4)}
     kept, loaded = weights(load(report["student"])), eval(text.split("load: ")[1].split("\n")[0])
