@@ -57,7 +57,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 try:  # in a saved student this file is a module of a package, with kernels.py beside it
@@ -253,15 +252,15 @@ class Hybrid:
         return super().generate(*args, **options)
 
 HYBRIDS = {}  # the stock class -> its hybrid: LlamaForCausalLM -> HybridLlamaForCausalLM, ...
-for _base in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
-    _stock, _here = _base.config_class, {"__module__": __name__}
-    _type = {"model_type": f"hybrid_{_stock.model_type}"}
-    _config = type(f"Hybrid{_stock.__name__}", (_stock,), _here | _type)
-    _hybrid = type(f"Hybrid{_base.__name__}", (Hybrid, _base), _here | {"config_class": _config})
+for _name in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+    _base, _body = getattr(transformers, f"{_name}ForCausalLM"), {"__module__": __name__}
+    _type = {"model_type": f"hybrid_{_name.lower()}"}
+    _config = type(f"Hybrid{_name}Config", (_base.config_class,), _body | _type)
+    _body["config_class"] = globals()[_config.__name__] = _config
+    _hybrid = type(f"Hybrid{_base.__name__}", (Hybrid, _base), _body)
+    HYBRIDS[_base] = globals()[_hybrid.__name__] = _hybrid
     _config.register_for_auto_class("AutoConfig")  # so that a saved student carries this file
     _hybrid.register_for_auto_class("AutoModelForCausalLM")
-    HYBRIDS[_base] = globals()[_hybrid.__name__] = _hybrid
-    globals()[_config.__name__] = _config
 
 class Norm(nn.RMSNorm):
     """The teacher's RMSNorm as one kernel, not seven; under autocast, in its dtype."""
@@ -968,13 +967,12 @@ def EmbeddedCorpus(seed: int) -> Corpus:
     """What the embedded teacher was trained on, text as bytes and recall: assets/embedded.py."""
     return importlib.import_module("assets.embedded").EmbeddedCorpus(seed)
 
-def load_corpus(s, tokenizer) -> Corpus:
-    """Of --data: a .npy of token ids as it is; of text, tokenised once, what the stages take."""
-    held_out = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
+def load_tokens(s, tokenizer):
+    """--data as ids [N]: a .npy as it is; of text, tokenised once, what the stages take."""
     file = path = Path(s.data)
     with one_sentence(f"cannot use --data {s.data}"):
         if path.suffix != ".npy":
-            count = max(b.tokens for b in s.budgets.values()) + 2 * held_out
+            count = max(b.tokens for b in s.budgets.values()) + 2 * s.held_out_tokens
             files = [f for f in (path, *sorted(path.rglob("*"))) if f.is_file()]
             stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
             rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
@@ -988,7 +986,7 @@ def load_corpus(s, tokenizer) -> Corpus:
         right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
         right = right and 0 <= ids.min() <= ids.max() < s.vocab
         require(right, f"it must be a row of token ids, integers below {s.vocab}")
-    return Corpus(ids, held_out, s.seed, tokenizer)
+    return ids
 
 def tokenised(s, files, tokenizer):
     """Yields the ids of text: documents in a seeded order, each closed with EOS."""
@@ -1135,6 +1133,7 @@ def resolve(s, teacher) -> None:
         b = Budget(*(getattr(s, f"{stage}_{name}", value) for name, value in values))
         require(b.batch % world == 0, f"--{stage}-batch: a multiple of {world} processes")
         s.budgets[stage] = b
+    s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
     tokens = s.select_from or (2**20 if s.budget == "day" else s.budgets["select"].tokens)
     s.select_first = dataclasses.replace(s.budgets["select"], tokens=tokens)
     most = 2**15 if s.large else 2**16  # tokens at a time, before memory tells
@@ -1295,7 +1294,10 @@ def main(argv=None) -> int:
             lock = filelock.FileLock(Path(s.out) / f".lock-{rank}", timeout=0)
             with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):
                 lock.acquire()
-            corpus = load_corpus(s, tokenizer) if s.data else EmbeddedCorpus(s.seed)
+            corpus = EmbeddedCorpus(s.seed)
+            if s.data:
+                ids = load_tokens(s, tokenizer)
+                corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
             report = run(s, teacher, tokenizer, corpus)
             said = gather(write_report(s, report) if rank == 0 else None)[0]
     except KeyboardInterrupt:
