@@ -1091,25 +1091,26 @@ PLACES = ", ".join(["3,7,11", *SELECTORS, *RULES, "published[:SCORE]", "all-line
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; what depends on the teacher is filled in by `resolve`."""
-    more = f"Of {', '.join(STAGES)}: --STAGE-tokens, -length, -batch, -lr, -rest-lr. {BUDGETS}"
+    more = f"Each STAGE of {', '.join(STAGES)} takes --STAGE-tokens, -length, -batch, -lr; select and "
+    more += f"distill -rest-lr, of what is not attention (0: frozen). Defaults: {BUDGETS}"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more)
     add, hidden = parser.add_argument, argparse.SUPPRESS
-    add("--teacher", help="Llama, Mistral, Qwen2, Qwen3: hub id or folder")
-    add("--data", help="hub id, .txt, .jsonl, .parquet, folder, .npy of ids")
-    add("--data-config", help="of a hub data set: sample-10BT")
-    add("--text-column", default="text", help="of the data [text]")
-    add("--softmax-layers", type=int, metavar="K", help="how many stay [a quarter]")
+    add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
+    add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
+    add("--data-config", help="the configuration of a hub dataset, e.g. sample-10BT")
+    add("--text-column", default="text", help="of a dataset, .jsonl or .parquet [text]")
+    add("--softmax-layers", type=int, metavar="K", help="how many stay softmax [a quarter]")
     add("--select", default="ga-s2", help=f"which stay: {PLACES} [ga-s2]")
-    add("--baselines", help="further rows, or none")
+    add("--baselines", help="further rows: several of --select, or none")
     add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
-    add("--budget", choices=BUDGETS, help="[small; from 1B parameters day]")
-    add("--select-from", type=int, default=0, help="tokens, doubled until the K best stay")
-    add("--out", default="runs/default", help="[runs/default]")
-    add("--seed", type=int, default=0, help="of data and weights [0]")
+    add("--budget", choices=BUDGETS, help="defaults of the stages [small; from 1B parameters day]")
+    add("--select-from", type=int, default=0, help="tokens, doubled until the K best agree twice")
+    add("--out", default="runs/default", help="the run folder; the same command resumes")
+    add("--seed", type=int, default=0, help="of data order, new weights, the random rule [0]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("bfloat16", "float32"), help="[on a GPU bfloat16]")
-    add("--micro-batch", type=int, default=0, help="sequences at a time [by length]")
-    add("--held-out", type=int, default=64, help="sequences to test on [64]")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the teacher [on a GPU bfloat16]")
+    add("--micro-batch", type=int, default=0, help="sequences at a time [2^15 or 2^16 tokens]")
+    add("--held-out", type=int, default=64, help="sequences of validation and test part [64]")
     add("--dry-run", action="store_true", help="hours and memory of every stage")
     for stage, budget in zip(STAGES, BUDGETS["paper"]):
         for name, value in dataclasses.asdict(budget).items():
