@@ -1091,8 +1091,8 @@ PLACES = ", ".join(["3,7,11", *SELECTORS, *RULES, "published[:SCORE]", "all-line
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; what depends on the teacher is filled in by `resolve`."""
-    more = f"Each STAGE of {', '.join(STAGES)} takes --STAGE-tokens, -length, -batch, -lr; select and "
-    more += f"distill -rest-lr, of what is not attention (0: frozen). Defaults: {BUDGETS}"
+    more = f"Each STAGE of {', '.join(STAGES)} takes --STAGE-tokens, -length, -batch, -lr; select "
+    more += f"and distill -rest-lr, of what is not attention (0: frozen). Defaults: {BUDGETS}"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more)
     add, hidden = parser.add_argument, argparse.SUPPRESS
     add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
