@@ -468,8 +468,9 @@ def check_teacher(teacher) -> None:
         stock = kind(copy.deepcopy(teacher.config))
     ours, theirs = ({n: p.shape for n, p in x.state_dict().items()} for x in (teacher, stock))
     kinds = {(type(p), p.is_meta, p.dtype == torch.float16) for p in teacher.parameters()}
-    require(ours == theirs and kinds == {(nn.Parameter, False, False)}, "the teacher is no plain "
-            "one: merge adapters, load it without quantisation, device_map and fp16")  # fmt: skip
+    plain = ours == theirs and kinds == {(nn.Parameter, False, False)}
+    require(plain, "the teacher must have its plain weights in memory: merge adapters, load it "
+            "without quantisation or device_map, in bf16 or fp32")  # fmt: skip
 
 def check_layers(softmax_layers, L: int) -> list[int]:
     """The layers, sorted; UserError if one is outside [0, L) or named twice."""
@@ -985,7 +986,8 @@ def load_tokens(s, tokenizer):
         ids = np.load(file, mmap_mode="r")
         right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
         right = right and 0 <= ids.min() <= ids.max() < s.vocab
-        require(right, f"it must be a row of token ids, integers below {s.vocab}")
+        embeddings = f"integers below {s.vocab}, the number of the teacher's embeddings"
+        require(right, f"it must be a row of token ids, {embeddings}")
     return ids
 
 def tokenised(s, files, tokenizer):

@@ -432,7 +432,7 @@ def test_an_offloaded_student_works_and_a_teacher_without_its_plain_weights_is_r
     for sentence, spoil in (
         ("merge adapters", lambda x: adapt(x, "q_proj")),
         ("quantis", lambda x: setattr(x.model.norm, "weight", Quantised(torch.ones(32)))),
-        ("quantisation, device_map", lambda x: offload(x.model.layers[3].mlp)),
+        ("quantisation or device_map", lambda x: offload(x.model.layers[3].mlp)),
     ):  # fmt: skip
         spoil(teacher := make_teacher())
         for use in (hd.transfer_attention, hd.TeacherPass):
@@ -877,7 +877,7 @@ def test_a_wrong_call_gets_one_sentence():
         ("all-linear", lambda: hd.restore_attention(transfer(teacher, [1]), teacher, [2])),
         ("a teacher that recalls", lambda: select_by(teacher, "ar", recall=lambda _: 0.0)),
         ("batch of 2 or more", lambda: hd.EmbeddedCorpus(0).batches("align", one_row)(0)),
-        ("fp16", lambda: hd.TeacherPass(teacher.half())),
+        ("in bf16 or fp32", lambda: hd.TeacherPass(teacher.half())),
     ):
         with pytest.raises(hd.UserError, match=sentence):
             call()
