@@ -65,7 +65,7 @@ except ImportError:
     from kernels import chunk_gated_delta_rule, chunk_gla, gated_delta_step
 
 class UserError(ValueError):
-    """Something the caller can mend: one sentence, what was wrong and what would be right."""
+    """An error the caller can fix: one sentence, what was wrong and what would be right."""
 
 def require(condition, sentence: str) -> None:
     if not condition:
@@ -273,7 +273,7 @@ class Norm(nn.RMSNorm):
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 def swap_attention(model) -> None:
-    """In place: mixers, one-kernel norms, and what tells mixers of padding and packing."""
+    """In place: mixers, one-kernel norms, and a hook that tells mixers of padding and packing."""
     model.model.norm = Norm(model.model.norm)
     for i, layer in enumerate(model.model.layers):
         layer.input_layernorm = Norm(layer.input_layernorm)
@@ -383,8 +383,10 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
     """-log p(label), as `kl_loss` in all else. labels [...], -100 where a token does not count."""
-    counted = labels != -100 if mask is None else mask * (labels != -100)
-    return mean_of_rows(cross_entropy_rows, hidden, head, labels.clamp(min=0), counted, chunk)
+    ignored = labels == -100
+    counted = ~ignored if mask is None else mask * ~ignored
+    label = labels.masked_fill(ignored, 0)
+    return mean_of_rows(cross_entropy_rows, hidden, head, label, counted, chunk)
 
 def mean_of_rows(rows, hidden, head, target, mask, chunk):
     """Mean over tokens of the loss that rows(logits [N, V], target [N, .], weights [N]) gives with
@@ -529,7 +531,8 @@ def back_propagate(model, losses, tokens, micro_batch):
     some = next(model.parameters())
     rank, world = rank_and_world() if isinstance(some, DTensor) else (0, 1)
     mine, sums = tokens.unflatten(0, (world, -1))[rank], collections.Counter()
-    mine = mine.pin_memory() if some.is_cuda else mine  # its copies do not wait for the GPU
+    if some.is_cuda and not mine.is_cuda:
+        mine = mine.pin_memory()  # its copies do not wait for what is queued on the GPU
     micro_batch = min(micro_batch or len(mine), len(mine))
     model.zero_grad()
     try:
@@ -551,7 +554,8 @@ def back_propagate(model, losses, tokens, micro_batch):
     return back_propagate(model, losses, tokens, half)
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
-    """Weight decay 0.01 on matrices, not on A_log, dt_bias, norms, biases: it pulls gates to 0."""
+    """AdamW's groups: attention at lr, the rest at rest_lr (0: left out). Weight decay 0.01 on
+    matrices, none on A_log, dt_bias, norms and biases: it pulls gates to 0."""
     groups = {}
     for name, p in model.named_parameters():
         rate = lr if ".self_attn." in name else rest_lr
@@ -645,7 +649,11 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
 
     def losses(tokens):
         seen = {}  # {layer: (x_l, y_l)}, [B, T, D] each
-        remember = lambda i, inputs, y: seen.setdefault(i, (inputs["hidden_states"], y))[1]
+
+        def remember(i, inputs, y):
+            seen[i] = inputs["hidden_states"], y
+            return y
+
         with torch.no_grad(), replaced(teacher, ours, remember):
             last_hidden(teacher, tokens)
         for i, mixer in ours.items():
@@ -663,7 +671,8 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
 
 @contextlib.contextmanager
 def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
-    """Within it, attention l of layers gives output(l, its keyword arguments, its own output)."""
+    """Within it, attention l of layers gives output(l, its keyword arguments, its own output):
+    without one, zeros."""
     hook = lambda attention, _, inputs, y: (output(attention.layer_idx, inputs, y[0]), *y[1:])
     with contextlib.ExitStack() as hooks:
         for i in layers:
@@ -819,7 +828,7 @@ def ar(x):
 @torch.no_grad()
 def ablate(x, error):
     """{l: sum over validation tokens of error(what goes into the head when the attention output of
-    l is zeroed, the same as it is, tokens)}. Of what the paper takes the MSE it does not say."""
+    l is zeroed, the same as it is, tokens)}. The paper does not say what its MSE is taken of."""
     sums = dict.fromkeys(x.layers, 0.0)
     for tokens in itertools.chain(*x.validation.values()):
         before = x.teach(tokens)
@@ -850,7 +859,7 @@ def greedy(x):
     return {i: -rank for rank, i in enumerate(kept)}
 
 def gates(x, lr=0.1, pull=0.5):
-    """FlashMorph, arXiv 2606.30562: gates a_l in [0, 1], trained jointly, all else frozen.
+    """FlashMorph, arXiv 2606.30562 (lr, pull: ours): gates a_l trained jointly, all else frozen.
         y_l  = a_l attn_l(x) + (1 - a_l) mixer_l(x),   a_l = sigmoid(theta_l), 1/2 at first
         loss = KL(teacher || student) + pull mean_l(a_l)"""
     student = restore_attention(x.student, x.teacher, x.layers)
@@ -886,7 +895,7 @@ SELECTORS = {
 }  # fmt: skip
 
 def select_layers(x: Selection, strategy="ga-s2", first_steps=None) -> list[int]:
-    """The layers by a score in SELECTORS, best first: x.k of them stay softmax.
+    """All layers ranked by a score in SELECTORS, best first: the first x.k stay softmax.
     first_steps: candidates train for so many steps, then anew for 2, 4, ... times as many, until
     the K best are the same twice or x.budget.steps are reached: at up to three times its cost."""
     best, x.steps = None, min(first_steps or x.budget.steps, x.budget.steps)
@@ -955,7 +964,7 @@ class Corpus:
         return {kind: [*tokens.split(16)] for kind, tokens in kinds.items()}
 
     def recall(self, model, part="test", lengths=(512, 1024, 2048, 4096), count=32) -> dict:
-        """The share of needles found, one or one of four, in so many tokens of a part."""
+        """The share of needles found, one or one of four hidden, by the length of the prompt."""
         found, filler = {}, self.parts[part]
         fitting = [length for length in lengths if length < len(filler)]
         for length, needles in itertools.product(fitting, (1, 4)):
@@ -1042,7 +1051,7 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
 
 @torch.no_grad()
 def recall_accuracy(model, prompts, answers) -> float:
-    """The share of prompts [N, P] that the model, written greedily, goes on with answer [N, A]."""
+    """The share of prompts [N, P] that greedy decoding continues with the answer [N, A]."""
     A, parts = answers.shape[1], prompts.to(model.device).split(32)
     how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1)
     how |= dict(repetition_penalty=1.0, pad_token_id=0)
@@ -1074,7 +1083,7 @@ class Budget:
 
     def __post_init__(self):
         right = min(self.tokens, self.batch, self.length - 7, self.lr) > 0 <= self.rest_lr
-        require(right, f"a stage wants tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
+        require(right, f"a stage needs tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
         self.steps = max(1, self.tokens // (self.batch * self.length))
 
 STAGES = {"align": align_hidden_states, "select": distill_logits, "distill": distill_logits,
@@ -1194,7 +1203,7 @@ def load_teacher(s):
         return teacher.to(s.device).eval(), tokenizer
 
 def key(*parts) -> str:
-    """Eight letters for all that a result depends on."""
+    """Eight hex digits for all that a result depends on."""
     return hashlib.sha1(repr(parts).encode()).hexdigest()[:8]
 
 def run(s, teacher, tokenizer, corpus) -> dict:
