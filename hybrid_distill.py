@@ -507,7 +507,7 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
         hide = not folder or start == steps or rank_and_world()[0] > 0
         for step in tqdm(range(start, steps), name, steps, initial=start, disable=hide):
             clock = time.monotonic()
-            for group, peak in zip(groups, peaks):
+            for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * (schedule(step) if schedule else 1.0)
             tokens = batches(step) if callable(batches) else batches[step]
             row, micro_batch = back_propagate(model, losses, tokens, micro_batch)
