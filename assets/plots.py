@@ -16,10 +16,11 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 SOFTMAX, LINEAR, DELTA, TARGET = "tab:blue", "0.68", "tab:purple", "tab:pink"
-COLOURS = {"teacher": "black", "ga-s2": SOFTMAX, "greedy": "tab:cyan", "uniform": "tab:orange",
-           "centred": "tab:green", "random": "tab:red", "all-linear": "0.5"}
-MARKS = {"teacher": "*", "ga-s2": "o", "greedy": "D", "uniform": "s", "centred": "P",
-         "random": "^", "all-linear": "v"}
+COLOURS = {"teacher": "black", "ga-s2": SOFTMAX, "gates": "tab:brown", "greedy": "tab:cyan",
+           "uniform": "tab:orange", "centred": "tab:green", "random": "tab:red",
+           "all-linear": "0.5"}
+MARKS = {"teacher": "*", "ga-s2": "o", "gates": "X", "greedy": "D", "uniform": "s",
+         "centred": "P", "random": "^", "all-linear": "v"}
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False,
                      "figure.constrained_layout.use": True, "legend.frameon": False,
                      "font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5})
@@ -332,24 +333,6 @@ def stage_2(histories):
     whole_numbers(ax)
 
 
-def rows(table):
-    """The test KL of rows {"name", "kl", "recall", "softmax_layers"}, one a line."""
-    ax = panels(1, 1.4 + 0.25 * len(table))
-    for y, row in enumerate(table):
-        name = row["name"].split("-")[0] if row["name"].startswith("random") else row["name"]
-        ax.plot(row["kl"], y, linestyle="", markersize=7, **style(name))
-        ax.annotate(f"{100 * row['recall']:.0f} % of needles", (row["kl"], y), (9, 0),
-                    textcoords="offset points", va="center", fontsize=8)
-    known = [name for name in COLOURS if any(row["name"] == name for row in table)]
-    handles = [Line2D([], [], linestyle="", label=name, **style(name))
-               for name in [*known, "another selector or rule"]]
-    ax.legend(handles=handles, loc="upper right")
-    ax.set_yticks(range(len(table)), [row["name"] for row in table])
-    ax.set(xlabel="test KL (nats)", xlim=(0, 1.25 * table[-1]["kl"]), ylim=(len(table) - 0.5, -0.5),
-           title=f"{max(len(row['softmax_layers']) for row in table)} softmax layers "
-                 "(all-linear: none), by way of choosing")
-
-
 def evidence(runs, k):
     """{row: its rows of all seeds} of the Gated DeltaNet runs with k softmax layers, best first."""
     found = {}
@@ -377,7 +360,7 @@ def readme(runs, k=8):
     left.set_yticks(range(len(rows)), [count[name] for name in rows])
     worst = max(row["kl"] for seeds in rows.values() for row in seeds)
     left.set(xlabel="test KL to the teacher (nats)", xlim=(0, 1.75 * worst),
-             ylim=(len(rows) - 0.5, -0.5), title=f"{k} of 30 layers kept softmax, by who chose them")
+             ylim=(len(rows) - 0.5, -0.5), title=f"{k} of 30 layers stay softmax: who chooses them")
     lengths, ends = (512, 1024, 2048, 4096), {}
     named = [name for name in ("teacher", "gates", "ga-s2", "centred", "all-linear")
              if name == "teacher" or name in rows]
