@@ -178,8 +178,8 @@ class GatedDeltaNet(Mixer):
 
     def step(self, x, q, k, v, gate, S, real):
         """All between the products of one token (T = 1) -> o [B, 1, H, Dh], normed and gated, S."""
-        gates = self.a_proj(x), self.b_proj(x), gate, self.A_log, self.dt_bias
-        return gated_delta_step(q, k, v, *gates, self.o_norm, 1e-5, S, real)
+        more = self.a_proj(x), self.b_proj(x), gate, self.A_log, self.dt_bias
+        return gated_delta_step(q, k, v, *more, self.o_norm, 1e-5, S, real)
 
 class GatedLinearAttention(Mixer):
     """GLA, the second mixer of [1] (arXiv 2312.06635): decay per key channel, no delta rule.
@@ -314,7 +314,8 @@ def mixers(model) -> dict[int, nn.Module]:
 
 def product_dtype(model) -> torch.dtype:
     """The teacher's, of matrix products. A student trains in fp32: 16 bits swallow small steps."""
-    return getattr(torch, getattr(model.config, "product_dtype", ""), model.dtype)
+    name = getattr(model.config, "product_dtype", None)
+    return getattr(torch, name) if name else model.dtype
 
 def autocast(model):
     dtype = product_dtype(model)
@@ -499,7 +500,8 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
     peaks, name = [group["lr"] for group in groups], Path(folder or "").name
     with contextlib.ExitStack() as at_the_end:
         for p in {p for p in model.parameters() if p.requires_grad} - set(trained):
-            at_the_end.callback(p.requires_grad_(False).requires_grad_, True)
+            p.requires_grad_(False)
+            at_the_end.callback(p.requires_grad_, True)
         at_the_end.callback(lambda: model.eval().zero_grad())
         model.train()
         history = load(folder, model, optimizer, steps) if folder else []
@@ -758,7 +760,7 @@ class Selection:
     recall: object = None  # model -> its accuracy, for ar
     file: Path | None = None  # scores are remembered in files of this name
     micro_batch: int | None = None
-    shard: bool = False  # a candidate is too large for one of several processes
+    too_large: bool = False  # a candidate is too large for one of several processes
 
     def __post_init__(self):
         self.teacher, self.layers = self.teach.teacher, range(len(self.student.model.layers))
@@ -774,10 +776,10 @@ class Selection:
         stage 2}; steps=0: without it. Several processes deal the sets out among them."""
         steps = self.steps if steps is None else steps
         keys = {name: f"{sorted(layers)} after {steps}" for name, layers in sets.items()}
-        rank, world = (0, 1) if self.shard else rank_and_world()
+        rank, world = (0, 1) if self.too_large else rank_and_world()
         for name in [name for name in sets if keys[name] not in self.scores][rank::world]:
             hybrid = restore_attention(self.student, self.teacher, sets[name])
-            hybrid = shard(hybrid) if self.shard else hybrid.to(self.teacher.device)
+            hybrid = shard(hybrid) if self.too_large else hybrid.to(self.teacher.device)
             if steps:
                 args = self.batches, steps, self.budget.lr, self.budget.rest_lr
                 history = distill_logits(hybrid, self.teach, *args, micro_batch=self.micro_batch)
@@ -1003,18 +1005,19 @@ def tokenised(s, files, tokenizer):
     """Yields the ids of text: documents in a seeded order, each closed with EOS."""
     kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
     local = {str(file): kinds[file.suffix] for file in files if file.suffix in kinds}
-    (kind, *others), how = {*local.values()} or {s.data}, {}
-    right = not others and bool(local) == bool(files)
+    found = {*local.values()} or {s.data}
+    right = len(found) == 1 and bool(local) == bool(files)
     require(right, "local data are all .txt, .jsonl or .parquet")
-    if local:
-        how = {"data_files": [*local]} | ({"sample_by": "document"} if kind == "text" else {})
+    kind, how = found.pop(), {"data_files": [*local]} if local else {}
+    if kind == "text" and local:
+        how["sample_by"] = "document"
     datasets = importlib.import_module("datasets")  # as an import, a student would need it
     rows = datasets.load_dataset(kind, s.data_config, split="train", streaming=True, **how)
     for some in rows.shuffle(seed=s.seed, buffer_size=10_000).iter(256):
-        found, eos = some.get(s.text_column, [...]), tokenizer.eos_token_id
-        right = all(isinstance(text, str | None) for text in found)
-        require(right, f"--text-column must be one of {[*some]} that holds text")
-        texts = [text for text in found if text]
+        require(s.text_column in some, f"--text-column must be one of {[*some]}")
+        texts, eos = [text for text in some[s.text_column] if text], tokenizer.eos_token_id
+        right = all(isinstance(text, str) for text in texts)
+        require(right, f"{s.text_column!r} must hold text: render messages first")
         for ids in tokenizer(texts)["input_ids"] if texts else ():
             yield from ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
@@ -1034,17 +1037,17 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
         drawn = torch.randperm(256, generator=draw)[:needles].tolist()
         names = [f"{words[i // 16]}-{words[i % 16]}" for i in drawn]
         numbers = torch.randint(10_000, 100_000, (needles,), generator=draw).tolist()
-        hidden = [encode(NEEDLE.format(*pair)) for pair in zip(names, numbers)]
+        inserted = [encode(NEEDLE.format(*pair)) for pair in zip(names, numbers)]
         asked = QUESTION.format(names[0])
         question, both = encode(asked), encode(f"{asked} {numbers[0]}")
         answer = both[len(question) :]  # on its own it may be other tokens
         if found and len(answer) != len(found[0][1]):
             continue  # another number: with some tokenizers their lengths differ
-        room = length - len(bos) - len(question) - sum(map(len, hidden))
+        room = length - len(bos) - len(question) - sum(map(len, inserted))
         start = int(torch.randint(len(filler) - room, (1,), generator=draw))
         text = filler[start : start + room].tolist()
         places = torch.randint(room + 1, (needles,), generator=draw).tolist()
-        for place, sentence in sorted(zip(places, hidden), reverse=True):
+        for place, sentence in sorted(zip(places, inserted), reverse=True):
             text[place:place] = sentence
         found.append((bos + text + question, answer))
     return tuple(map(torch.tensor, zip(*found)))
@@ -1082,6 +1085,7 @@ class Budget:
     rest_lr: float = 0.0
 
     def __post_init__(self):
+        # 8 tokens: two pairs of recall, asked once
         right = min(self.tokens, self.batch, self.length - 7, self.lr) > 0 <= self.rest_lr
         require(right, f"a stage needs tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
         self.steps = max(1, self.tokens // (self.batch * self.length))
@@ -1105,7 +1109,7 @@ def parse(argv=None) -> argparse.Namespace:
     more = f"Each STAGE of {', '.join(STAGES)} takes --STAGE-tokens, -length, -batch, -lr; select "
     more += f"and distill -rest-lr, of what is not attention (0: frozen). Defaults: {BUDGETS}"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=more)
-    add, hidden = parser.add_argument, argparse.SUPPRESS
+    add, none = parser.add_argument, argparse.SUPPRESS
     add("--teacher", help="hub id or folder: Llama, Mistral, Qwen2, Qwen3 [one in assets/]")
     add("--data", help="hub id, .txt, .jsonl, .parquet or a folder of them, .npy of token ids")
     add("--data-config", help="the configuration of a hub dataset, e.g. sample-10BT")
@@ -1127,7 +1131,7 @@ def parse(argv=None) -> argparse.Namespace:
         for name, value in dataclasses.asdict(budget).items():
             if value:  # stages 1 and 3 have no rest_lr
                 option = f"--{stage}-{name}".replace("_", "-")
-                add(option, type=type(value), help=hidden, default=hidden)
+                add(option, type=type(value), help=none, default=none)
     s = parser.parse_args(argv)
     s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
     return s
@@ -1152,7 +1156,7 @@ def resolve(s, teacher) -> None:
     s.at_a_time = {n: s.micro_batch or max(1, most // b.length) for n, b in s.budgets.items()}
     # is a candidate, of 16 bytes a weight, too large for one GPU with teacher and activations?
     memory = torch.cuda.mem_get_info()[1] if s.device.startswith("cuda") else math.inf
-    s.shard = world > 1 and any(gather(18 * parameters > 0.6 * memory))
+    s.too_large = world > 1 and any(gather(18 * parameters > 0.6 * memory))
     given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
     default = len(given) or max(1, L // 4)
     k = s.softmax_layers = default if s.softmax_layers is None else s.softmax_layers
@@ -1238,7 +1242,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         student, teach, batches["select"], validation, k, b["select"], stages[aligned],
         lambda model: corpus.recall(model, "validation")["recall"] or 0.0,
         out / f"select-{key(aligned, dataclasses.astuple(b['select'])[1:])}",
-        s.at_a_time["select"], s.shard)  # fmt: skip
+        s.at_a_time["select"], s.too_large)  # fmt: skip
     for name, layers in {"teacher": x.layers, **s.placed}.items():
         torch.manual_seed(s.seed)
         x.spent, model = {}, teacher

@@ -1178,7 +1178,7 @@ def forked(args, errors, stop, how, fits, torchrun):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     torch.set_num_threads(1), setattr(sys, "stderr", open(errors, "a", buffering=1))
     hd.SECONDS_BETWEEN_SAVES, resolve = -1, hd.resolve
-    hd.resolve = lambda s, *of: (resolve(s, *of), setattr(s, "shard", not fits))
+    hd.resolve = lambda s, *of: (resolve(s, *of), setattr(s, "too_large", not fits))
     hd.save, hd.write = stopping(hd.save), stopping(hd.write)
     sys.exit(hd.main(args))
 
