@@ -455,6 +455,8 @@ def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer,
     same(torch.cat(pieces, 1)[mask > 0], padded[mask > 0])
     assert cache.get_seq_length() == 23
     assert len(steps) == 5 * len(hd.mixers(student)) * (mixer == "gdn")
+    cache.reset()
+    assert not any(cache.layers[i].get_seq_length() for i in hd.mixers(student))
     for real in (1 + torch.arange(23) // 5, 255, -1, 0.5, True):  # any number that is not 0
         masked = student(x, attention_mask=mask * real, position_ids=positions)
         assert torch.equal(masked.logits, padded)
