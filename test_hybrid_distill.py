@@ -1149,7 +1149,7 @@ def test_the_readmes_lists_of_pieces_to_copy_are_complete():
     assert torch.equal(scope["GatedDeltaNet"](attention)(x)[0], ours)
     right(kernels.example(1, 70, 1, 2, 16, 24), 1e-5, scope["torch_chunk_gated_delta_rule"])
 
-def test_needle_prompts_hold_their_answer_and_whole_answers_count():
+def test_needle_prompts_hold_their_answer_and_whole_answers_count(monkeypatch):
     tokenizer, filler = hd.byte_tokenizer(), tokens(4000).numpy()
     prompts, answers = hd.needle_prompts(tokenizer, filler, 4, 3, 900, hd.seeded("needle"))
     assert prompts.shape == (3, 900) and answers.shape == (3, 6)
@@ -1162,6 +1162,11 @@ def test_needle_prompts_hold_their_answer_and_whole_answers_count():
     generate = lambda x, **how: torch.cat([x, x[:, :1], second(x)], 1)
     model, prompts = types.SimpleNamespace(device="cpu", generate=generate), tokens(8, 5)
     assert hd.recall_accuracy(model, prompts, prompts[:, :2]) == 0.5
+    monkeypatch.setattr(hd, "recall_accuracy", lambda model, prompts, _: prompts.shape[1] / 4096)
+    found = hd.Corpus(tokens(15_000).numpy(), 5_000, 0, tokenizer).recall(None, count=1)
+    lengths = (512, 1024, 2048, 4096)  # of one needle and of one of four
+    assert [*found["needles"]] == [f"{n} in {length}" for length in lengths for n in (1, 4)]
+    assert found["recall"] == sum(lengths) / 4 / 4096
 
 # ---------------------------------------------------------------------- processes of their own
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported it all
