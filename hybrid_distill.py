@@ -1199,7 +1199,8 @@ def load_teacher(s):
         if s.dry_run:  # with random weights
             with torch.device(s.device):
                 return AutoModelForCausalLM.from_config(config, dtype=s.dtype).eval(), None
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        with one_sentence("it has no tokenizer that transformers can load"):
+            tokenizer = AutoTokenizer.from_pretrained(place)
         how = dict(dtype=s.dtype, output_loading_info=True)
         teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
         wrong = [*info["missing_keys"], *info["mismatched_keys"]]

@@ -27,6 +27,8 @@ class EmbeddedCorpus(Corpus):
     def sample(self, part, count, length, draw, pairs=None):
         """{"text", "recall"}, half of `count` each, recall of 32 pairs, or as many as fit twice."""
         require(count > 1, "half is text, half recall: give a batch of 2 or more")
+        most = len(self.parts[part]) - 1
+        require(length <= most, f"the embedded {part} part gives at most {most} tokens in a row")
         n, pairs = count // 2, pairs or min(length // 4, 32)
         starts = torch.randint(len(self.parts[part]) - length, (count - n,), generator=draw)
         text = torch.from_numpy(self.parts[part]).unfold(0, length, 1)[starts]
