@@ -624,14 +624,21 @@ def test_stage_1_trains_the_mixers_alone_on_the_teachers_inputs(watch):
 def test_stages_2_and_3_begin_at_the_plain_formulas_and_descend():
     teacher, x = make_teacher(), batches(0)
     student = hd.restore_attention(make_student(teacher), teacher, [1])
-    logits = student(x).logits.detach()
+    logits = student(x).logits
+    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    norm = torch.stack([g.norm() for g in torch.autograd.grad(plain, student.parameters())]).norm()
+    logits = logits.detach()
     log_p_s, log_p_t = logits.log_softmax(-1), teacher(x).logits.detach().log_softmax(-1)
     kl = float((log_p_t.exp() * (log_p_t - log_p_s)).sum(-1).mean())
-    ce = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
+    ce = float(plain.detach())
     history = hd.distill_logits(student, hd.TeacherPass(teacher), [x] * 30, 30, 3e-3, 1e-3)
     assert history[0]["kl"] == pytest.approx(kl, rel=1e-5) and history[-1]["kl"] < 0.5 * kl
     history = stage("finetune", teacher, 30, [x] * 30, lr=1e-3)[1]
     assert history[0]["ce"] == pytest.approx(ce, rel=1e-5) and history[-1]["ce"] < 0.9 * ce
+    assert history[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+    rates = [{n: p.default for n, p in inspect.signature(f).parameters.items() if n.endswith("lr")}
+             for f in (hd.align_hidden_states, hd.distill_logits, hd.finetune)]  # fmt: skip
+    assert rates == [{"lr": 1e-3, "final_lr": 1e-5}, {"lr": 1e-4, "rest_lr": 7e-6}, {"lr": 1e-5}]
 
 def test_every_stage_has_the_optimizer_of_the_paper(watch):
     models = watch(hd, "train", lambda model, *args, **how: dict(model.named_parameters()))
@@ -824,6 +831,8 @@ def test_evaluation_is_without_dropout_and_a_mean_over_tokens():
     wanted = {"kl_text": sums["text"] / 99, "kl_recall": sums["recall"] / 40}
     wanted |= {"kl": (sums["text"] + sums["recall"]) / 139, "perplexity": math.exp(sums["ce"] / 99)}
     assert found == pytest.approx(wanted, rel=1e-4)
+    del parts["text"]
+    assert {*hd.evaluate(hybrid, hd.TeacherPass(teacher), parts)} == {"kl", "kl_recall"}
 
 def test_rules_and_published_selections():
     place, published = lambda rule, L, k, seed=0: hd.RULES[rule](L, k, seed), hd.published_layers
@@ -838,6 +847,9 @@ def test_rules_and_published_selections():
     known = {(name, score): known[name][score] for name in known for score in known[name]}
     digest = hashlib.sha1(repr(sorted(known.items())).encode()).hexdigest()
     assert digest == "5a21d84603147b488f705c385b49ca9cff5d80d1"
+    assert len(published("published:ar", 9, "Qwen2.5-1.5B-Instruct")) == 9
+    x = types.SimpleNamespace(history=[{"layer 0": float(n)} for n in range(20)], layers=[0])
+    assert hd.ga_s1(x) == {0: 18.5}  # of the last tenth
     for rule, k in (("published", 8), ("published:ar", 10)):
         with pytest.raises(hd.UserError, match=f"no {k} layers are published .* by"):
             published(rule, k, "Qwen2.5-1.5B-Instruct")
