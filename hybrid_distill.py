@@ -27,6 +27,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import glob
 import hashlib
 import importlib
 import inspect
@@ -85,6 +86,7 @@ class Mixer(nn.Module):
     gates(x, q, k, v)         x [B, T, D], others [B, T, H, Dh] -> q, k, v, log-decay [B, T, H, ...]
                               and what else is written to the state
     chunk(q, k, v, *gates, initial_state=, output_final_state=) -> o [B, T, H, Dh], S
+    step                      if one token can be had faster: as in GatedDeltaNet
     """
     fp32 = ()  # names of parameters that stay fp32 whatever the model is
 
@@ -460,7 +462,7 @@ def to_teachers_dtype(student):
     """In place: the weights in product_dtype, as a student is saved and run, but for fp32 gates."""
     for name, p in student.named_parameters():
         if name.split(".")[-1] not in Hybrid._keep_in_fp32_modules_strict:
-            p.data = p.data.to(getattr(torch, student.config.product_dtype))
+            p.data = p.data.to(product_dtype(student))
     return student.eval()
 
 def check_teacher(teacher) -> None:
@@ -505,6 +507,8 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
         at_the_end.callback(lambda: model.eval().zero_grad())
         model.train()
         history = load(folder, model, optimizer, steps) if folder else []
+        if history:  # as given, or as halved before the stop
+            micro_batch = min(micro_batch or math.inf, history[-1]["micro_batch"])
         start, saved = len(history), time.monotonic()
         hide = not folder or start == steps or rank_and_world()[0] > 0
         for step in tqdm(range(start, steps), name, steps, initial=start, disable=hide):
@@ -574,7 +578,7 @@ def state_of(model, optimizer=None) -> dict:
     return state | {"random": torch.get_rng_state()}
 
 def save(folder, model, history, optimizer=None) -> None:
-    """`folder`/metrics.jsonl and step-N, a part by each process, which any number can read."""
+    """`folder`/metrics.jsonl and step-N: each process writes its part, any number can read it."""
     new, first = Path(folder) / f"step-{len(history)}", rank_and_world()[0] == 0
     if first:
         new.mkdir(parents=True, exist_ok=True)
@@ -599,6 +603,8 @@ def write(path, content) -> None:
     """Text, or an array as .npy, in a file that is there whole or not at all."""
     with open(f"{path}.new", "wb") as file:
         np.save(file, content) if isinstance(content, np.ndarray) else file.write(content.encode())
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(file.name, path)
 
 # ------------------------------------------------------------------ more than one process: torchrun
@@ -732,7 +738,7 @@ def next_token_loss(hidden, head, tokens):
 @torch.no_grad()
 def evaluate(model, teach, held_out) -> dict[str, float]:
     """{"kl", "kl_<kind>", "perplexity" of "text"}: means over held_out {kind: [tokens [B, T]]}."""
-    sums, counts = collections.Counter(), collections.Counter()
+    sums, counts, mode = collections.Counter(), collections.Counter(), model.training
     model.eval()
     for kind, tokens in [(kind, tokens) for kind in held_out for tokens in held_out[kind]]:
         hidden, head = last_hidden(model, tokens), whole(model.lm_head.weight)
@@ -742,6 +748,7 @@ def evaluate(model, teach, held_out) -> dict[str, float]:
             found["ce"] = next_token_loss(hidden, head, tokens)
         sums.update({name: float(loss) * tokens.numel() for name, loss in found.items()})
         counts.update(dict.fromkeys(found, tokens.numel()))
+    model.train(mode)
     means = {name: sums[name] / counts[name] for name in sums}
     return means | ({"perplexity": math.exp(means.pop("ce"))} if "ce" in means else {})
 
@@ -968,7 +975,7 @@ class Corpus:
     def recall(self, model, part="test", lengths=(512, 1024, 2048, 4096), count=32) -> dict:
         """The share of needles found, one or one of four hidden, by the length of the prompt."""
         found, filler = {}, self.parts[part]
-        fitting = [length for length in lengths if length < len(filler)]
+        fitting = [n for n in lengths if self.tokenizer and n < len(filler)]
         for length, needles in itertools.product(fitting, (1, 4)):
             draw = seeded(self.seed, part, length, needles)
             prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
@@ -992,7 +999,9 @@ def load_tokens(s, tokenizer):
             file = Path(s.out) / f"tokens-{read}.npy"
             if not file.exists() and rank_and_world()[0] == 0:
                 ids = itertools.islice(tokenised(s, files, tokenizer), count)
-                write(file, np.fromiter(tqdm(ids, "tokenise", count, unit_scale=True), np.uint32))
+                ids = np.fromiter(tqdm(ids, "tokenise", count, unit_scale=True), np.uint32)
+                require(len(ids), "it holds no text")
+                write(file, ids)
             gather("tokenised")
         ids = np.load(file, mmap_mode="r")
         right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
@@ -1003,8 +1012,9 @@ def load_tokens(s, tokenizer):
 
 def tokenised(s, files, tokenizer):
     """Yields the ids of text: documents in a seeded order, each closed with EOS."""
-    kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-    local = {str(file): kinds[file.suffix] for file in files if file.suffix in kinds}
+    kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    local = {glob.escape(str(f)): kinds[f.suffix] for f in files if f.suffix in kinds}
+    require(not (files and s.data_config), "--data-config is for a dataset of the hub")
     found = {*local.values()} or {s.data}
     right = len(found) == 1 and bool(local) == bool(files)
     require(right, "local data are all .txt, .jsonl or .parquet")
@@ -1143,6 +1153,8 @@ def resolve(s, teacher) -> None:
     s.large = parameters >= 10**9
     if s.large:  # its copies train; in itself, which does not, nothing is computed twice
         teacher.gradient_checkpointing_enable()
+    least = min(s.held_out - 1, s.seed, s.micro_batch, s.select_from)
+    require(least >= 0, "--held-out must be at least 1, --seed, --micro-batch, --select-from 0")
     s.budget, s.budgets = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large], {}
     for stage, default in zip(STAGES, BUDGETS[s.budget]):
         values = dataclasses.asdict(default).items()
@@ -1157,16 +1169,18 @@ def resolve(s, teacher) -> None:
     # is a candidate, of 16 bytes a weight, too large for one GPU with teacher and activations?
     memory = torch.cuda.mem_get_info()[1] if s.device.startswith("cuda") else math.inf
     s.too_large = world > 1 and any(gather(18 * parameters > 0.6 * memory))
+    s.select = s.select.replace(" ", "")
     given = [int(i) for i in s.select.split(",")] if re.fullmatch(r"\d+(,\d+)*", s.select) else []
     default = len(given) or max(1, L // 4)
     k = s.softmax_layers = default if s.softmax_layers is None else s.softmax_layers
     require(1 <= k <= L, f"--softmax-layers must be within 1..{L}, not {k}")
     require(len(given) in (0, k), f"--select lists {len(given)} layers, not {k}")
     rows = s.baselines or ("none" if s.large else "all-linear,uniform,centred,random")
+    rows = rows.replace(" ", "").split(",")
     known = dict.fromkeys(SELECTORS) | {name: rule(L, k, s.seed) for name, rule in RULES.items()}
     known |= {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
     s.placed = {}  # the rows: {name: layers, or None for a selector to find}
-    for name in [s.select, *(name for name in rows.split(",") if name != "none")]:
+    for name in [s.select, *(name for name in rows if name != "none")]:
         if name.startswith("published"):
             known[name] = published_layers(name, k, s.teacher or "")
         require(name in known, f"--select and --baselines take {PLACES}, not {name!r}")
@@ -1186,7 +1200,8 @@ EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 
 def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
-    require(bool(s.teacher) == bool(s.data), "--teacher and --data go together")
+    together = bool(s.teacher) == bool(s.data) and (s.data or not s.data_config)
+    require(together, "--teacher and --data go together, --data-config with them")
     for option, place in ("--teacher", s.teacher or "."), ("--data", s.data or "."):
         path, hub_id = Path(place), place.count("/") == 1
         right = path.exists() or hub_id and not path.parent.is_dir()
@@ -1225,7 +1240,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         how |= dict(folder=out / folder, micro_batch=s.at_a_time[name])
         inputs = *inputs, batches[name], b[name].steps, b[name].lr
         torch.manual_seed(s.seed)
-        model.to("cpu" if world > 1 else s.device)  # else a copy, sharded, trains
+        model.to("cpu" if world > 1 else s.device)  # of several processes a sharded copy trains
         stages[folder] = sharded(STAGES[name], model, *inputs, **how)
         return folder
 

@@ -476,13 +476,13 @@ def test_what_cannot_work_says_so():
     student(x, use_cache=True, **{CACHE: ours})
     make_teacher()(x, use_cache=True, **{CACHE: theirs})
     static, paged = hd.transformers.StaticCache(student.config, 9), type("PagedCache", (), {})()
-    mixer = student.model.layers[1].self_attn
+    mixer, no_crop = student.model.layers[1].self_attn, (ValueError, NotImplementedError)
     for error, sentence, call in (
         (hd.UserError, "'dynamic'", lambda: write(cache_implementation="static")),
         (hd.UserError, "'dynamic'", lambda: student(x, **{CACHE: static})),
         (hd.UserError, "not a PagedCache", lambda: mixer(torch.ones(1, 6, 32), cache=paged)),
         (hd.UserError, "no paged cache", lambda: write(cache_implementation="paged")),
-        (Exception, "rolled back|cropped", lambda: write(assistant_early_exit=2)),
+        (no_crop, "rolled back|cropped", lambda: write(assistant_early_exit=2)),
         (hd.UserError, "of its own", lambda: student(x, **{CACHE: theirs})),
         (hd.UserError, r"\[batch, tokens\]", lambda: student(x, attention_mask=x[None, None])),
         (hd.UserError, "without one", lambda: student(x, attention_mask=x, cu_seq_lens_q=ends)),
@@ -710,9 +710,9 @@ def test_micro_batches_and_a_full_memory_change_nothing(name, tmp_path, monkeypa
         saved = dict(folder=tmp_path / f"{len(how)}", **how)
         with pytest.raises(IndexError):  # stopped after a step
             trained(batches=[batches(0)], **saved)
-        halved, micro_batch = trained(**saved)  # goes on, and halves again
+        halved, micro_batch = trained(**saved)  # goes on with pairs, without another try
         assert equal(halved, pairs) and micro_batch == 2
-        assert capsys.readouterr().err.count("out of GPU memory: 2 sequences at a time") == 2
+        assert capsys.readouterr().err.count("out of GPU memory: 2 sequences at a time") == 1
 
 @pytest.mark.parametrize("loss", [torch.log, torch.sqrt])
 def test_a_gradient_that_is_not_finite_stops_before_its_step(loss):
@@ -822,7 +822,8 @@ def test_evaluation_is_without_dropout_and_a_mean_over_tokens():
     hybrid, sums = make_student(teacher, [1]).train(), dict.fromkeys((*parts, "ce"), 0.0)
     hybrid.model.layers[1].self_attn.attention_dropout = 0.5
     found = hd.evaluate(hybrid, hd.TeacherPass(teacher), parts)
-    assert not hybrid.training
+    assert hybrid.training
+    hybrid.eval()
     for kind, x in [(kind, x) for kind in parts for x in parts[kind]]:
         log_p_s, log_p_t = (m(x).logits.detach().log_softmax(-1) for m in (hybrid, teacher))
         sums[kind] += float((log_p_t.exp() * (log_p_t - log_p_s)).sum())
@@ -1013,14 +1014,15 @@ WRONG = [
     (["--teacher", "torn"], "it lacks 1 of its weights"), (["--held-out", "5000"], "part has"),
     (["--data", "bad.txt"], "cannot use --data bad.txt"), (["--align-lr", "0"], "lr > 0"),
     (["--device", "abacus"], "on --device abacus: "),
-    (["--held-out", "0"], "not 0 seq"), (["--softmax-layers", "5"], "not 5"),
+    (["--held-out", "0"], "--held-out must be at least 1"), (["--softmax-layers", "5"], "not 5"),
     (["--select", "1,2"], "--select lists 2 layers, not 1"), (["--baselines", "mid"], "not 'mid'"),
-    (["--teacher", "mute"], "tokenizer"),
+    (["--teacher", "mute"], "cannot use --teacher mute on --device cpu: it has no tokenizer"),
     (["--data", "null.jsonl", "--text-column", "x"], "--text-column must be one of ['text']"),
     (["--teacher", "./nowhere/at"], "--teacher ./nowhere/at: no such file"),
     (["--data", "empty.jsonl"], "cannot use --data empty"), ([], "is in use by another process"),
     (["--out", "bad.txt"], "cannot write in --out bad.txt"), (["--select", "published"], "by ga"),
-    (["--data", "null.jsonl"], "a row of token ids"), (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
+    (["--data", "null.jsonl"], "it holds no text"), (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
+    (["--data", "null.jsonl", "--data-config", "x"], "--data-config is for a dataset of the hub"),
     *[(["--data", f"{n}.npy"], "a row of token ids, integers below 384") for n in range(5)],
 ]  # fmt: skip
 

@@ -346,12 +346,13 @@ def evidence(runs, k):
 def readme(runs, k=8):
     """The README's figure: test KL by way of choosing, and needles against the context length."""
     left, right = panels(2, 4.2, gridspec_kw={"width_ratios": [1.15, 1]})
-    rows = {name: rows for name, rows in evidence(runs, k).items() if name != "teacher"}
+    known = evidence(runs, k)
+    rows = {name: seeds for name, seeds in known.items() if name != "teacher"}
     for y, (name, seeds) in enumerate(rows.items()):
         kl = [row["kl"] for row in seeds]
-        mean, known = statistics.mean(kl), style(name)
-        left.plot([min(kl), max(kl)], [y, y], color=known["color"], linewidth=2)
-        left.plot(mean, y, linestyle="", markersize=7, **known)
+        mean, look = statistics.mean(kl), style(name)
+        left.plot([min(kl), max(kl)], [y, y], color=look["color"], linewidth=2)
+        left.plot(mean, y, linestyle="", markersize=7, **look)
         needles = statistics.mean(row["recall"] for row in seeds)
         left.annotate(f"{mean:.3f} nats, {100 * needles:.0f} % of needles", (max(kl), y), (9, 0),
                       textcoords="offset points", va="center", fontsize=8)
@@ -365,7 +366,7 @@ def readme(runs, k=8):
     named = [name for name in ("teacher", "gates", "ga-s2", "centred", "all-linear")
              if name == "teacher" or name in rows]
     for name in named:
-        seeds = evidence(runs, k)[name]
+        seeds = known[name]
         found = [100 * statistics.mean(row["needles"][f"{n} in {length}"] for row in seeds
                                        for n in (1, 4)) for length in lengths]
         right.plot(range(len(lengths)), found, clip_on=False, **style(name))
