@@ -535,7 +535,8 @@ def back_propagate(model, losses, tokens, micro_batch):
     """Gradients of a batch, micro_batch sequences at a time, half as many if memory runs out ->
     ({name: loss}, micro_batch). Processes that share a model take equal parts."""
     some = next(model.parameters())
-    rank, world = rank_and_world() if isinstance(some, DTensor) else (0, 1)
+    shared = isinstance(some, DTensor) or getattr(some, "is_replica", False)
+    rank, world = rank_and_world() if shared else (0, 1)
     mine, sums = tokens.unflatten(0, (world, -1))[rank], collections.Counter()
     if some.is_cuda and not mine.is_cuda:
         mine = mine.pin_memory()  # its copies do not wait for what is queued on the GPU
@@ -551,7 +552,9 @@ def back_propagate(model, losses, tokens, micro_batch):
         if micro_batch == 1 or world > 1:  # the others are within this batch
             raise
     else:
-        for total in sums.values() if world > 1 else ():
+        gradients = [p.grad for p in model.parameters() if not isinstance(p, DTensor)]
+        gradients = [gradient for gradient in gradients if gradient is not None]
+        for total in (*sums.values(), *gradients) if world > 1 else ():  # shards sum their own
             dist.all_reduce(total)
         return {name: float(total) for name, total in sums.items()}, micro_batch
     loss, half = None, (micro_batch + 1) // 2  # the failed try is freed only after the `except`
@@ -636,9 +639,12 @@ def shard(model):
     model.tie_weights()
     return model
 
-def sharded(stage, student, *inputs, **options) -> list[dict]:
-    """stage(student, ...); of several processes on a sharded copy, whose weights come back."""
-    if rank_and_world()[1] == 1:
+def together(stage, student, too_large: bool, *inputs, **options) -> list[dict]:
+    """stage(student, ...), by each process with its part of a batch: on a sharded copy if it is too
+    large for one of them, whose weights come back; else whole in each, their gradients summed."""
+    if not too_large:
+        for p in student.parameters():
+            p.is_replica = rank_and_world()[1] > 1  # see back_propagate; copies are none
         return stage(student, *inputs, **options)
     model = shard(copy.deepcopy(student))
     history = stage(model, *inputs, **options)
@@ -707,7 +713,8 @@ class TeacherPass:
         hidden = last_hidden(self.teacher, tokens)
         if hidden.nbytes <= self.room:
             self.room -= hidden.nbytes
-            self.made[name] = hidden.cpu().pin_memory() if hidden.is_cuda else hidden
+            kept = torch.empty_like(hidden, device="cpu", pin_memory=hidden.is_cuda)
+            self.made[name] = kept.copy_(hidden, non_blocking=True)
         return hidden
 
 def kl_to_teacher(student, teach, tokens):
@@ -1079,8 +1086,8 @@ def running_cost(model, length: int) -> dict:
     cost = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
     if model.device.type == "cuda":
         written = lambda n: recall_accuracy(model, tokens, torch.ones(1, n))
-        seconds = lambda n: min(timeit.repeat(lambda: written(n), number=1, repeat=4))
-        cost["decoded/s"] = 64 / (seconds(65) - seconds(1))
+        seconds = lambda n: min(timeit.repeat(lambda: written(n), number=1, repeat=3))
+        cost["decoded/s"] = 32 / (seconds(33) - seconds(1))
     return cost
 
 # ------------------------------------------------------------------------- the plumbing: settings
@@ -1240,8 +1247,8 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         how |= dict(folder=out / folder, micro_batch=s.at_a_time[name])
         inputs = *inputs, batches[name], b[name].steps, b[name].lr
         torch.manual_seed(s.seed)
-        model.to("cpu" if world > 1 else s.device)  # of several processes a sharded copy trains
-        stages[folder] = sharded(STAGES[name], model, *inputs, **how)
+        model.to("cpu" if s.too_large else s.device)  # where a sharded copy trains
+        stages[folder] = together(STAGES[name], model, s.too_large, *inputs, **how)
         return folder
 
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]

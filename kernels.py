@@ -45,7 +45,7 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-    jit = triton.jit(do_not_specialize=["tokens", "stride"])  # 1 is no other program than 2
+    jit = triton.jit(do_not_specialize=["tokens", "stride", "real"])  # as they vary by the token
 except ImportError:  # no Triton here: the PyTorch backend alone
     triton, constexpr, jit = None, None, lambda function: function
 

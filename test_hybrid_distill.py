@@ -1244,10 +1244,11 @@ def test_killed_at_every_save_a_run_ends_with_the_same_numbers(folder):
     assert again["rows"] == calm["rows"] and again["chosen"] == calm["chosen"]
     assert equal(*(weights(load(report["student"])) for report in (calm, again)))
 
-def test_two_processes_train_what_one_does_killed_or_not(folder):
+@pytest.mark.parametrize("fits", [True, False])
+def test_two_processes_train_what_one_does_killed_or_not(fits, folder):
     calm = ran(folder, out="calm")
     for stop in ("save run/align", "run/select", "save run/distill"):
-        codes, said = processes(folder, world=2, stop=stop)
+        codes, said = processes(folder, world=2, stop=stop, fits=fits)
         assert -signal.SIGKILL in codes and 0 not in codes, said
     same_run(calm, ran(folder))  # resumed by one
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
