@@ -338,7 +338,7 @@ def alignment_loss(y_student, y_teacher):
     return (y_teacher.float() - y_student.float()).norm(dim=-1).mean() * D**-0.5
 
 def compiled(function):
-    """On a GPU by torch.compile: 2 passes over its tensors, not 20. Where that fails, as it is."""
+    """On a GPU by torch.compile: 2 passes over its tensors, not 20. Uncompiled if that fails."""
     fast = functools.cache(lambda: torch.compile(function, dynamic=False))
 
     @functools.wraps(function)
@@ -493,8 +493,8 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
     It trains in place, in fp32. rates: AdamW's for attention and for the rest, 0: frozen; what is
     frozen stays so. losses(tokens) gives (name, loss, factor), back-propagated one by one. batches:
     tokens [B, T], a list or a function of the step. schedule(step): a factor on the rates.
-    micro_batch: sequences at a time, halved when GPU memory runs out. folder: saved there each
-    minute and at the end, it goes on from there. FloatingPointError for a gradient not finite."""
+    micro_batch: sequences at a time, halved when GPU memory runs out. folder: of its saves, each
+    minute and at the end; it resumes from them. FloatingPointError for a gradient not finite."""
     groups = parameter_groups(model, *rates)
     trained = [p for group in groups for p in group["params"]]
     require(trained, "nothing to train: all is frozen, or no layer is linear")
@@ -519,8 +519,9 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
             row, micro_batch = back_propagate(model, losses, tokens, micro_batch)
             norm = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
             if not math.isfinite(norm):
-                where = f"{name}: the gradient became {norm} at step {step + 1} of {steps}"
-                raise FloatingPointError(f"{where}: lower its learning rate")
+                found = f"{name or 'a candidate'}: the gradient became {norm}"
+                where = f"at step {step + 1} of {steps}: lower its learning rate"
+                raise FloatingPointError(f"{found} {where}")
             optimizer.step()
             row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm}
             row |= {"step": step + 1, "micro_batch": micro_batch, "tokens": tokens.numel()}
@@ -549,11 +550,10 @@ def back_propagate(model, losses, tokens, micro_batch):
                 (loss * factor * share).backward()
                 sums[name] += loss.detach() * share
     except torch.OutOfMemoryError:
-        if micro_batch == 1 or world > 1:  # the others are within this batch
+        if micro_batch == 1 or world > 1:  # the others cannot try it again
             raise
     else:
-        gradients = [p.grad for p in model.parameters() if not isinstance(p, DTensor)]
-        gradients = [gradient for gradient in gradients if gradient is not None]
+        gradients = [p.grad for p in model.parameters() if not isinstance(p.grad, DTensor | None)]
         for total in (*sums.values(), *gradients) if world > 1 else ():  # shards sum their own
             dist.all_reduce(total)
         return {name: float(total) for name, total in sums.items()}, micro_batch
@@ -564,7 +564,7 @@ def back_propagate(model, losses, tokens, micro_batch):
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
     """AdamW's groups: attention at lr, the rest at rest_lr (0: left out). Weight decay 0.01 on
-    matrices, none on A_log, dt_bias, norms and biases: it pulls gates to 0."""
+    matrices, none on A_log, dt_bias, norms and biases: decay pulls gates to 0."""
     groups = {}
     for name, p in model.named_parameters():
         rate = lr if ".self_attn." in name else rest_lr
@@ -573,7 +573,7 @@ def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
     return [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
 
 def state_of(model, optimizer=None) -> dict:
-    """What a save holds: random state, trained weights and, before the end, the optimizer's."""
+    """What a save holds: the CPU's random state, trained weights and, till the end, AdamW's."""
     state = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     if optimizer:
         how = dict(options=StateDictOptions(ignore_frozen_params=True))
@@ -640,11 +640,11 @@ def shard(model):
     return model
 
 def together(stage, student, too_large: bool, *inputs, **options) -> list[dict]:
-    """stage(student, ...), by each process with its part of a batch: on a sharded copy if it is too
-    large for one of them, whose weights come back; else whole in each, their gradients summed."""
+    """stage(student, ...), by each process with its part of a batch: whole in each, the gradients
+    summed, or, if too large for one GPU, on a sharded copy, whose weights come back."""
     if not too_large:
         for p in student.parameters():
-            p.is_replica = rank_and_world()[1] > 1  # see back_propagate; copies are none
+            p.is_replica = rank_and_world()[1] > 1  # see back_propagate; copies lose it
         return stage(student, *inputs, **options)
     model = shard(copy.deepcopy(student))
     history = stage(model, *inputs, **options)
@@ -655,7 +655,7 @@ def together(stage, student, too_large: bool, *inputs, **options) -> list[dict]:
 # ---------------------------------------------------------------- stage 1: hidden-state alignment
 
 def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5, **how):
-    """Stage 1: every mixer learns its attention's output, in place, their gradients apart.
+    """Stage 1: every mixer learns its attention's output, in place, by its own gradient.
         loss = mean over layers and tokens of ||attn_l(x_l) - mixer_l(x_l)||_2 D^-1/2
     with x_l from one pass of the *teacher*: its output, not the mixer's, feeds the next layer. The
     history has a loss a layer ("layer 3"). how: micro_batch, folder, as in `train`."""
@@ -763,7 +763,7 @@ def evaluate(model, teach, held_out) -> dict[str, float]:
 
 @dataclasses.dataclass
 class Selection:
-    """What a selector scores with. Layers are 0-based; KL in nats a token, held out."""
+    """What selectors work with. Layers are 0-based; KL in nats a token, held out."""
     student: nn.Module  # all-linear, after stage 1
     teach: TeacherPass
     batches: object  # that candidates train on: [B, T] each, a list or a function of the step
@@ -838,13 +838,14 @@ def ar(x):
     for i in x.layers:
         with replaced(x.teacher, [i]):
             drop[i] = before - x.recall(x.teacher)
+    drop = gather(drop)[0]  # another GPU may round otherwise
     require(max(drop.values()) > 0, f"ar needs a teacher that recalls: it finds {before:.1%}")
     return drop
 
 @torch.no_grad()
 def ablate(x, error):
     """{l: sum over validation tokens of error(what goes into the head when the attention output of
-    l is zeroed, the same as it is, tokens)}. The paper does not say what its MSE is taken of."""
+    l is zeroed, the same unzeroed, tokens)}. The paper does not say what its MSE is taken of."""
     sums = dict.fromkeys(x.layers, 0.0)
     for tokens in itertools.chain(*x.validation.values()):
         before = x.teach(tokens)
@@ -960,7 +961,7 @@ class Corpus:
         self.seed, self.tokenizer = seed, tokenizer
 
     def sample(self, part: str, count: int, length: int, draw) -> dict[str, torch.Tensor]:
-        """{"text": tokens [count, length]}, so many different pieces of a part."""
+        """{"text": tokens [count, length]}, `count` different pieces of a part."""
         ids = self.parts[part]
         right = len(ids) >= count * length > 0
         require(right, f"the {part} part has {len(ids)} tokens, not {count} sequences of {length}")
@@ -1158,7 +1159,7 @@ def resolve(s, teacher) -> None:
     L, s.vocab = teacher.config.num_hidden_layers, teacher.config.vocab_size
     world, parameters = rank_and_world()[1], teacher.num_parameters()
     s.large = parameters >= 10**9
-    if s.large:  # its copies train; in itself, which does not, nothing is computed twice
+    if s.large:  # for its copies, which train; it recomputes nothing itself
         teacher.gradient_checkpointing_enable()
     least = min(s.held_out - 1, s.seed, s.micro_batch, s.select_from)
     require(least >= 0, "--held-out must be at least 1, --seed, --micro-batch, --select-from 0")
@@ -1188,7 +1189,7 @@ def resolve(s, teacher) -> None:
     known |= {"all-linear": []} | ({s.select: check_layers(given, L)} if given else {})
     s.placed = {}  # the rows: {name: layers, or None for a selector to find}
     for name in [s.select, *(name for name in rows if name != "none")]:
-        if name.startswith("published"):
+        if name.partition(":")[0] == "published":
             known[name] = published_layers(name, k, s.teacher or "")
         require(name in known, f"--select and --baselines take {PLACES}, not {name!r}")
         s.placed[name] = known[name]
@@ -1247,7 +1248,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         how |= dict(folder=out / folder, micro_batch=s.at_a_time[name])
         inputs = *inputs, batches[name], b[name].steps, b[name].lr
         torch.manual_seed(s.seed)
-        model.to("cpu" if s.too_large else s.device)  # where a sharded copy trains
+        model.to("cpu" if s.too_large else s.device)  # its sharded copy is moved
         stages[folder] = together(STAGES[name], model, s.too_large, *inputs, **how)
         return folder
 
@@ -1341,8 +1342,10 @@ def main(argv=None) -> int:
             said = gather(write_report(s, report) if rank == 0 else None)[0]
     except KeyboardInterrupt:
         code, said = 130, "\nstopped: the same command goes on from the last save"
-    except (UserError, FloatingPointError) as error:
+    except UserError as error:  # the same in every process
         code, said = 1, f"error: {error}"
+    except FloatingPointError as error:  # maybe in one alone
+        code, rank, said = 1, 0, f"error: {error}"
     if rank == 0:
         print(said, file=sys.stderr if code else sys.stdout)
     return code

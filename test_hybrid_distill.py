@@ -1272,6 +1272,8 @@ def test_two_processes_deal_out_candidates_or_shard_them(fits, folder):
     assert len(files) == 2 and (files[0].keys() != files[1].keys()) == fits
     codes, said = processes(folder, "--select", "9", world=2)
     assert codes == [1, 1] and said.count("error: softmax layers must be") == 1  # said once
+    codes, said = processes(folder, "--select-lr", 1e30, world=2)
+    assert codes == [1, 1] and said.count("error: a candidate: the gradient became") == 2
 
 def test_kernels_in_the_interpreter(interpreter):
     pytest.importorskip("triton", minversion="3.7.1")
