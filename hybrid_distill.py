@@ -291,7 +291,7 @@ def _tell_mixers(decoder, args, kwargs):
     mask, positions, ends = map(call.get, ("attention_mask", "position_ids", "cu_seq_lens_q"))
     if mask is not None:
         require(getattr(mask, "ndim", 0) == 2 and ends is None, "a hybrid takes attention_mask as "
-                "[batch, tokens], 1 on real tokens, and cu_seq_lens_q without one")  # fmt: skip
+                "[batch, tokens], cu_seq_lens_q without one, and no static cache")  # fmt: skip
         return args, {**kwargs, "padding_mask": mask != 0}
     if ends is not None:  # attention that is not flash parts the sequences by their positions
         tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
@@ -519,9 +519,8 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
             row, micro_batch = back_propagate(model, losses, tokens, micro_batch)
             norm = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
             if not math.isfinite(norm):
-                found = f"{name or 'a candidate'}: the gradient became {norm}"
-                where = f"at step {step + 1} of {steps}: lower its learning rate"
-                raise FloatingPointError(f"{found} {where}")
+                where = f"{name or 'candidate'}, step {step + 1} of {steps}: the gradient is {norm}"
+                raise FloatingPointError(f"{where}, lower the learning rate")
             optimizer.step()
             row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm}
             row |= {"step": step + 1, "micro_batch": micro_batch, "tokens": tokens.numel()}
@@ -816,6 +815,7 @@ def best_first(importance) -> list[int]:
 
 def ga_s1(x):
     """The stage-1 loss of each mixer, over the last tenth: the layer that aligns worst stays."""
+    require(x.history, "ga-s1 needs the history of stage 1 in Selection(history=...)")
     last = x.history[-max(1, len(x.history) // 10) :]
     return {i: sum(row[f"layer {i}"] for row in last) / len(last) for i in x.layers}
 
@@ -834,12 +834,14 @@ def avg_s2(x):
 
 def ar(x):
     """The drop of the teacher's recall accuracy when the attention output of l is zeroed."""
+    require(x.recall, "ar needs a function of the model in Selection(recall=...)")
     before, drop = x.recall(x.teacher), {}
     for i in x.layers:
         with replaced(x.teacher, [i]):
             drop[i] = before - x.recall(x.teacher)
     drop = gather(drop)[0]  # another GPU may round otherwise
-    require(max(drop.values()) > 0, f"ar needs a teacher that recalls: it finds {before:.1%}")
+    require(max(drop.values()) > 0, f"ar needs a teacher that recalls, which finds {before:.0%} "
+            "of the needles, and held-out text longer than 512 tokens")
     return drop
 
 @torch.no_grad()
@@ -939,7 +941,7 @@ def published_layers(score: str, k: int, teacher_name: str) -> list[int]:
     layers = json.loads(file.read_text()).get(name, {}).get(score, [])
     only_sets = score == "ga_s2" and len(layers) == 9 and k not in (7, 9)
     known = k <= len(layers) and not only_sets
-    require(known, f"no {k} layers are published for {name!r} by {score}: see {file}")
+    require(known, f"K = {k} is not published for {name!r} by {score}: see {file}")
     return layers[:k]
 
 # ------------------------------------------------------------------------------------------- data
@@ -956,7 +958,7 @@ class Corpus:
     """A stream of token ids [N]: first the validation part, then the test part, then train."""
 
     def __init__(self, ids, held_out: int, seed: int, tokenizer=None):
-        parts = np.split(ids, (held_out, 2 * held_out))
+        parts = np.split(np.asarray(ids), (held_out, 2 * held_out))
         self.parts = dict(zip(("validation", "test", "train"), parts))
         self.seed, self.tokenizer = seed, tokenizer
 
@@ -964,7 +966,8 @@ class Corpus:
         """{"text": tokens [count, length]}, `count` different pieces of a part."""
         ids = self.parts[part]
         right = len(ids) >= count * length > 0
-        require(right, f"the {part} part has {len(ids)} tokens, not {count} sequences of {length}")
+        has = f"the {part} part has {len(ids)} tokens, not {count} sequences of {length}"
+        require(right, f"{has}: give more data or smaller budgets")
         starts = torch.randperm(len(ids) // length, generator=draw)[:count, None].numpy() * length
         return {"text": torch.from_numpy(ids[starts + np.arange(length)].astype(np.int64))}
 
@@ -1015,7 +1018,7 @@ def load_tokens(s, tokenizer):
         right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
         right = right and 0 <= ids.min() <= ids.max() < s.vocab
         embeddings = f"integers below {s.vocab}, the number of the teacher's embeddings"
-        require(right, f"it must be a row of token ids, {embeddings}")
+        require(right, f"its token ids must be a row of {embeddings}")
     return ids
 
 def tokenised(s, files, tokenizer):
@@ -1342,10 +1345,9 @@ def main(argv=None) -> int:
             said = gather(write_report(s, report) if rank == 0 else None)[0]
     except KeyboardInterrupt:
         code, said = 130, "\nstopped: the same command goes on from the last save"
-    except UserError as error:  # the same in every process
+    except (UserError, FloatingPointError) as error:
         code, said = 1, f"error: {error}"
-    except FloatingPointError as error:  # maybe in one alone
-        code, rank, said = 1, 0, f"error: {error}"
+        rank *= isinstance(error, UserError)  # the other may be in one process alone
     if rank == 0:
         print(said, file=sys.stderr if code else sys.stdout)
     return code
