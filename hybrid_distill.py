@@ -840,8 +840,8 @@ def ar(x):
         with replaced(x.teacher, [i]):
             drop[i] = before - x.recall(x.teacher)
     drop = gather(drop)[0]  # another GPU may round otherwise
-    require(max(drop.values()) > 0, f"ar needs a teacher that recalls, which finds {before:.0%} "
-            "of the needles, and held-out text longer than 512 tokens")
+    require(max(drop.values()) > 0, f"ar needs a teacher that recalls: it finds {before:.0%} of "
+            "the needles, in held-out text longer than 512 tokens")
     return drop
 
 @torch.no_grad()
