@@ -597,7 +597,7 @@ def stage(name, teacher, steps=3, batches=batches, **how):
 
 @torch.no_grad()
 def test_stage_1_trains_the_mixers_alone_on_the_teachers_inputs(watch):
-    teacher, x, y, wanted = make_teacher(), tokens(4, 16), {}, {}
+    teacher, x, y, wanted, slopes = make_teacher(), tokens(4, 16), {}, {}, []
     student = make_student(teacher, [2])
     before, seen = weights(student), teacher.model(x, output_hidden_states=True).hidden_states
     for i in (0, 1, 3):
@@ -605,12 +605,17 @@ def test_stage_1_trains_the_mixers_alone_on_the_teachers_inputs(watch):
         hook = layer.self_attn.register_forward_hook(lambda *args: y.update(now=args[2][0]))
         teacher(x)
         hook.remove()
-        own = student.model.layers[i].self_attn(layer.input_layernorm(seen[i]))[0]
-        wanted[f"layer {i}"] = float((own - y["now"]).norm(dim=-1).mean() / 32**0.5)
+        mixer = student.model.layers[i].self_attn
+        with torch.enable_grad():
+            own = mixer(layer.input_layernorm(seen[i]).detach())[0]
+            loss = (own - y["now"]).norm(dim=-1).mean() / 32**0.5
+        slopes += [g.flatten() / 3 for g in torch.autograd.grad(loss, mixer.parameters())]
+        wanted[f"layer {i}"] = float(loss)
     with torch.enable_grad():
         history = hd.align_hidden_states(student, teacher, [x] * 30, 30, 3e-3)
     assert {name: history[0][name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
     assert history[0]["loss"] == pytest.approx(sum(wanted.values()) / 3)
+    assert history[0]["gradient_norm"] == pytest.approx(float(torch.cat(slopes).norm()), rel=1e-4)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     for name, p in student.named_parameters():
         mixer = ".self_attn." in name and ".layers.2." not in name
