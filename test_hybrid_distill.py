@@ -965,11 +965,13 @@ def test_parts_are_disjoint_and_batches_a_function_of_the_step():
 )
 def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch, capsys):
     calls = watch(hd, "train", lambda *args, folder=None, **how: [*args[3:], str(folder)])
+    falls = watch(hd, "train", lambda *args, schedule=None, **how: schedule and schedule(1))
     steps = watch(hd, "back_propagate")
     parts = watch(hd, "evaluate", lambda model, teach, part: torch.cat(part["text"]))
     more = ("--held-out", held_out, "--mixer", mixer)
     report = ran(folder, *more, "--baselines", "avg-s2,mse,all-linear")
     rows, text = report["rows"], (folder / "run" / "report.md").read_text()
+    assert falls[0] == pytest.approx((1 + 0.01) / 2)  # stage 1 in the middle of its two steps
     assert [row["name"] for row in rows] == ["teacher", "ga-s2", "avg-s2", "mse", "all-linear"]
     keys = {"softmax_layers", "kl", "kl_text", "perplexity", "recall", "cache_bytes", "cost"}
     assert all(keys <= set(row) for row in rows) and rows[0]["kl"] == 0
