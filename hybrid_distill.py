@@ -1211,8 +1211,8 @@ EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 
 def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""
-    together = bool(s.teacher) == bool(s.data) and (s.data or not s.data_config)
-    require(together, "--teacher and --data go together, --data-config with them")
+    right = bool(s.teacher) == bool(s.data) and (s.data or not s.data_config)
+    require(right, "--teacher and --data go together, --data-config with them")
     for option, place in ("--teacher", s.teacher or "."), ("--data", s.data or "."):
         path, hub_id = Path(place), place.count("/") == 1
         right = path.exists() or hub_id and not path.parent.is_dir()
@@ -1246,13 +1246,13 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
 
-    def train_stage(name, after, model, *inputs, **how):
-        folder = f"{name}-{key(after, b[name])}"
-        how |= dict(folder=out / folder, micro_batch=s.at_a_time[name])
-        inputs = *inputs, batches[name], b[name].steps, b[name].lr
+    def train_stage(stage, after, model, *inputs, **how):
+        folder = f"{stage}-{key(after, b[stage])}"
+        how |= dict(folder=out / folder, micro_batch=s.at_a_time[stage])
+        inputs = *inputs, batches[stage], b[stage].steps, b[stage].lr
         torch.manual_seed(s.seed)
         model.to("cpu" if s.too_large else s.device)  # its sharded copy is moved
-        stages[folder] = together(STAGES[name], model, s.too_large, *inputs, **how)
+        stages[folder] = together(STAGES[stage], model, s.too_large, *inputs, **how)
         return folder
 
     weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
