@@ -1034,6 +1034,7 @@ WRONG = [
     (["--out", "bad.txt"], "cannot write in --out bad.txt"), (["--select", "published"], "by ga"),
     (["--data", "null.jsonl"], "it holds no text"), (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
     (["--data", "null.jsonl", "--data-config", "x"], "--data-config is for a dataset of the hub"),
+    (["--teacher", "", "--data", "", "--data-config", "x"], "--data-config with them"),
     *[(["--data", f"{n}.npy"], "a row of integers below 384") for n in range(5)],
 ]  # fmt: skip
 
