@@ -1012,6 +1012,10 @@ def test_changed_data_teacher_or_mixer_is_not_taken_for_the_old_one(folder, monk
     assert len(perplexities) == 3 and len([*(folder / "run").glob("align-*")]) == 4
     assert edited == ["hybrid_distill", "kernels", "hybrid_distill"]
 
+def test_a_run_saves_its_student_in_the_teachers_dtype(folder):
+    student = ran(folder, "--dtype", "bfloat16", "--baselines", "none")["student"]
+    assert {w.dtype for w in weights(load(student)).values()} == {torch.bfloat16, torch.float32}
+
 def test_a_dry_run_says_how_long_a_run_takes(folder, capsys):
     assert hd.main(arguments(folder, "--dry-run", "--select-from", 16)) == 0
     head, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.strip().split("\n")]
