@@ -703,12 +703,15 @@ def test_a_bf16_teachers_student_trains_in_fp32_and_comes_back(name, watch):
 def test_micro_batches_and_a_full_memory_change_nothing(name, tmp_path, monkeypatch, capsys):
     def trained(**how):
         student, history = stage(name, make_teacher(), lr=1e-3, **how)
+        norms.append(history[0]["gradient_norm"])
         return weights(student), history[-1]["micro_batch"]
     def full(model, rows, forward=hd.last_hidden):
         if len(rows) in (1, 4):
             raise torch.OutOfMemoryError("no")
         return forward(model, rows)
+    norms = []
     (whole, _), (pairs, _) = trained(), trained(micro_batch=2)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     for n, p in whole.items():
         same(pairs[n], p, 1e-3)
     monkeypatch.setattr(hd, "SECONDS_BETWEEN_SAVES", -1)
@@ -999,6 +1002,13 @@ def test_a_run_gives_every_row_the_same_training(folder, mixer, held_out, watch,
         steps.clear()
         ran(folder, *more, "--baselines", "none", "--finetune-lr", lr)
         assert len(steps) == new and equal(weights(load(report["student"])), kept) == (new == 0)
+    ran(folder, *more, "--baselines", "none", "--select-lr", 1e-2)  # scores of its own
+    assert len([*(folder / "run").glob("select-*")]) == 2
+
+def test_ar_is_asked_the_validation_part(folder, watch):
+    parts = watch(hd.Corpus, "recall", lambda self, model, part="test": part)
+    assert hd.main(arguments(folder, "--select", "ar", "--baselines", "none")) == 1  # recalls none
+    assert parts == ["test", *["validation"] * 5]
 
 def test_changed_data_teacher_or_mixer_is_not_taken_for_the_old_one(folder, monkeypatch, datasets):
     more = ("--select", "1", "--baselines", "none", "--data", folder / "a.txt", "--held-out", "4")
