@@ -966,8 +966,7 @@ class Corpus:
         """{"text": tokens [count, length]}, `count` different pieces of a part."""
         ids = self.parts[part]
         right = len(ids) >= count * length > 0
-        has = f"the {part} part has {len(ids)} tokens, not {count} sequences of {length}"
-        require(right, f"{has}: give more data or smaller budgets")
+        require(right, f"the {part} part has {len(ids)} tokens, not {count} x {length}: give more")
         starts = torch.randperm(len(ids) // length, generator=draw)[:count, None].numpy() * length
         return {"text": torch.from_numpy(ids[starts + np.arange(length)].astype(np.int64))}
 
@@ -1241,7 +1240,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
     """All stages, in the run folder -> the report. A stage is keyed by all that it depends on:
     another K, baseline or later learning rate trains for itself alone."""
     out, b, k, teach = Path(s.out), s.budgets, s.softmax_layers, TeacherPass(teacher)
-    (rank, world), stages, rows, report = rank_and_world(), {}, [], {}
+    rank, stages, rows, report = rank_and_world()[0], {}, [], {}
     batches = {name: corpus.batches(name, budget) for name, budget in b.items()}
     validation = corpus.held_out("validation", s.held_out, b["select"].length)
     test = corpus.held_out("test", s.held_out, b["distill"].length)
