@@ -533,7 +533,7 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
 
 def back_propagate(model, losses, tokens, micro_batch):
     """Gradients of a batch, micro_batch sequences at a time, half as many if memory runs out ->
-    ({name: loss}, micro_batch). Processes that share a model take equal parts."""
+    ({name: loss}, micro_batch). Processes that train a model together take equal parts."""
     some = next(model.parameters())
     shared = isinstance(some, DTensor) or getattr(some, "is_replica", False)
     rank, world = rank_and_world() if shared else (0, 1)
@@ -552,9 +552,10 @@ def back_propagate(model, losses, tokens, micro_batch):
         if micro_batch == 1 or world > 1:  # the others cannot try it again
             raise
     else:
-        gradients = [p.grad for p in model.parameters() if not isinstance(p.grad, DTensor | None)]
-        for total in (*sums.values(), *gradients) if world > 1 else ():  # shards sum their own
-            dist.all_reduce(total)
+        totals = (*sums.values(), *(p.grad for p in model.parameters())) if world > 1 else ()
+        for total in totals:
+            if not isinstance(total, DTensor | None):  # shards sum their own; frozen have none
+                dist.all_reduce(total)
         return {name: float(total) for name, total in sums.items()}, micro_batch
     loss, half = None, (micro_batch + 1) // 2  # the failed try is freed only after the `except`
     torch.cuda.empty_cache()
@@ -642,8 +643,9 @@ def together(stage, student, too_large: bool, *inputs, **options) -> list[dict]:
     """stage(student, ...), by each process with its part of a batch: whole in each, the gradients
     summed, or, if too large for one GPU, on a sharded copy, whose weights come back."""
     if not too_large:
+        several = rank_and_world()[1] > 1
         for p in student.parameters():
-            p.is_replica = rank_and_world()[1] > 1  # see back_propagate; copies lose it
+            p.is_replica = several  # see back_propagate; copies lose it
         return stage(student, *inputs, **options)
     model = shard(copy.deepcopy(student))
     history = stage(model, *inputs, **options)

@@ -1160,7 +1160,7 @@ def test_trainer_takes_a_step_and_its_checkpoint_loads(lora, saved_student, tmp_
         trainer.save_model(tmp_path / "saved")
         assert equal(weights(load(tmp_path / "saved")), weights(model))
 
-def test_the_readmes_method_in_a_dozen_lines_runs(tmp_path, monkeypatch):
+def test_the_readmes_whole_method_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(hd.BUDGETS, "embedded", 4 * (hd.Budget(64, 32, 2, 1e-3, 1e-4),))
     monkeypatch.chdir(tmp_path)
     exec((HERE / "README.md").read_text().split("```python")[1].split("```")[0], {})
