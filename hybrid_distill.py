@@ -516,7 +516,7 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * (schedule(step) if schedule else 1.0)
             tokens = batches(step) if callable(batches) else batches[step]
-            row, micro_batch = back_propagate(model, losses, tokens, micro_batch)
+            row, micro_batch = back_propagate(trained, losses, tokens, micro_batch)
             norm = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
             if not math.isfinite(norm):
                 where = f"{name or 'candidate'}, step {step + 1} of {steps}: the gradient is {norm}"
@@ -531,17 +531,18 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
                 saved = time.monotonic()
     return history
 
-def back_propagate(model, losses, tokens, micro_batch):
+def back_propagate(trained, losses, tokens, micro_batch):
     """Gradients of a batch, micro_batch sequences at a time, half as many if memory runs out ->
     ({name: loss}, micro_batch). Processes that train a model together take equal parts."""
-    some = next(model.parameters())
+    some = trained[0]
     shared = isinstance(some, DTensor) or getattr(some, "is_replica", False)
     rank, world = rank_and_world() if shared else (0, 1)
     mine, sums = tokens.unflatten(0, (world, -1))[rank], collections.Counter()
     if some.is_cuda and not mine.is_cuda:
         mine = mine.pin_memory()  # its copies do not wait for what is queued on the GPU
     micro_batch = min(micro_batch or len(mine), len(mine))
-    model.zero_grad()
+    for p in trained:
+        p.grad = None
     try:
         for part in mine.split(micro_batch):
             for name, loss, factor in losses(part):
@@ -552,15 +553,15 @@ def back_propagate(model, losses, tokens, micro_batch):
         if micro_batch == 1 or world > 1:  # the others cannot try it again
             raise
     else:
-        totals = (*sums.values(), *(p.grad for p in model.parameters())) if world > 1 else ()
+        totals = (*sums.values(), *(p.grad for p in trained)) if world > 1 else ()
         for total in totals:
-            if not isinstance(total, DTensor | None):  # shards sum their own; frozen have none
+            if not isinstance(total, DTensor | None):  # shards sum their own
                 dist.all_reduce(total)
         return {name: float(total) for name, total in sums.items()}, micro_batch
     loss, half = None, (micro_batch + 1) // 2  # the failed try is freed only after the `except`
     torch.cuda.empty_cache()
     print(f"out of GPU memory: {half} sequences at a time from here on", file=sys.stderr)
-    return back_propagate(model, losses, tokens, half)
+    return back_propagate(trained, losses, tokens, half)
 
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
     """AdamW's groups: attention at lr, the rest at rest_lr (0: left out). Weight decay 0.01 on
@@ -699,11 +700,12 @@ def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
 
 class TeacherPass:
     """tokens [B, T] -> the teacher's last hidden states [B, T, D], remembered in host memory, up to
-    `room` bytes (an eighth of it), as all candidates and rows see the same batches."""
+    `room` bytes (an eighth of it, 16 GiB), as all candidates and rows see the same batches."""
     def __init__(self, teacher, room=None):
         check_teacher(teacher)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self.room = memory // (8 * rank_and_world()[1]) if room is None else room
+        most = min(memory // 8, 2**34) // rank_and_world()[1]  # a container may have less
+        self.room = most if room is None else room
         self.teacher, self.head, self.made = teacher, teacher.lm_head.weight, {}
 
     @torch.no_grad()
@@ -724,9 +726,8 @@ def kl_to_teacher(student, teach, tokens):
     return kl_loss(hidden, whole(student.lm_head.weight), target, teach.head)
 
 def distill_logits(student, teach, batches, steps, lr=1e-4, rest_lr=7e-6, **how) -> list[dict]:
-    """Stage 2, distribution matching: KL(teacher || student), mean over tokens ("kl"), attention at
-    `lr`, the rest at `rest_lr` (0: frozen), in place. teach: TeacherPass or teacher. how: `train`.
-    """
+    """Stage 2, in place: KL(teacher || student), mean over tokens ("kl"), attention at `lr`, the
+    rest at `rest_lr` (0: frozen). teach: a TeacherPass or the teacher. how: as in `train`."""
     teach = teach if isinstance(teach, TeacherPass) else TeacherPass(teach)
     losses = lambda tokens: [("kl", kl_to_teacher(student, teach, tokens), 1.0)]
     return train(student, (lr, rest_lr), losses, batches, steps, **how)
@@ -809,9 +810,6 @@ class Selection:
         self.scores[name] = score
         if self.file:
             write(f"{self.file}.{rank_and_world()[0]}.json", json.dumps(self.scores))
-
-def best_first(importance) -> list[int]:
-    return sorted(importance, key=importance.get, reverse=True)
 
 # Each selector: a Selection -> {layer: importance}, larger = keep.
 
@@ -906,6 +904,9 @@ def gates(x, lr=0.1, pull=0.5):
     x.spent[name] = steps * x.budget.batch * x.budget.length
     return dict(enumerate(x.scores[name]))
 
+def best_first(importance) -> list[int]:
+    return sorted(importance, key=importance.get, reverse=True)
+
 SELECTORS = {
     "ga-s1": ga_s1, "ga-s2": ga_s2, "gr-s2": gr_s2, "avg-s2": avg_s2, "smart": smart, "ar": ar,
     "zero-shot": functools.partial(ga_s2, steps=0), "greedy": greedy,
@@ -987,7 +988,8 @@ class Corpus:
     def recall(self, model, part="test", lengths=(512, 1024, 2048, 4096), count=32) -> dict:
         """The share of needles found, one or one of four hidden, by the length of the prompt."""
         found, filler = {}, self.parts[part]
-        fitting = [n for n in lengths if self.tokenizer and n < len(filler)]
+        most = min(len(filler), model.config.max_position_embeddings) if self.tokenizer else 0
+        fitting = [n for n in lengths if n < most]
         for length, needles in itertools.product(fitting, (1, 4)):
             draw = seeded(self.seed, part, length, needles)
             prompts = needle_prompts(self.tokenizer, filler, needles, count, length, draw)
@@ -1092,7 +1094,7 @@ def running_cost(model, length: int) -> dict:
     if model.device.type == "cuda":
         written = lambda n: recall_accuracy(model, tokens, torch.ones(1, n))
         seconds = lambda n: min(timeit.repeat(lambda: written(n), number=1, repeat=3))
-        cost["decoded/s"] = 32 / (seconds(33) - seconds(1))
+        cost["decoded/s"] = 16 / (seconds(17) - seconds(1))
     return cost
 
 # ------------------------------------------------------------------------- the plumbing: settings
@@ -1162,6 +1164,7 @@ def resolve(s, teacher) -> None:
     """Fill in what depends on the teacher and its size, and refuse what cannot work."""
     L, s.vocab = teacher.config.num_hidden_layers, teacher.config.vocab_size
     world, parameters = rank_and_world()[1], teacher.num_parameters()
+    positions = teacher.config.max_position_embeddings
     s.large = parameters >= 10**9
     if s.large:  # for its copies, which train; it recomputes nothing itself
         teacher.gradient_checkpointing_enable()
@@ -1169,8 +1172,9 @@ def resolve(s, teacher) -> None:
     require(least >= 0, "--held-out must be at least 1, --seed, --micro-batch, --select-from 0")
     s.budget, s.budgets = s.budget or ("embedded", "small", "day")[bool(s.teacher) + s.large], {}
     for stage, default in zip(STAGES, BUDGETS[s.budget]):
-        values = dataclasses.asdict(default).items()
-        b = Budget(*(getattr(s, f"{stage}_{name}", value) for name, value in values))
+        values = dataclasses.asdict(default) | {"length": min(default.length, positions)}
+        b = Budget(*(getattr(s, f"{stage}_{name}", value) for name, value in values.items()))
+        require(b.length <= positions, f"--{stage}-length: at most the teacher's {positions}")
         require(b.batch % world == 0, f"--{stage}-batch: a multiple of {world} processes")
         s.budgets[stage] = b
     s.held_out_tokens = s.held_out * max(s.budgets[of].length for of in ("select", "distill"))
