@@ -401,20 +401,18 @@ def mean_of_rows(rows, hidden, head, target, mask, chunk):
     weights = mask / mask.sum().clamp(min=1e-30)
     # 1 / tokens would be lost in a 16-bit gradient: a power of two, which rounds nothing, is last
     largest = weights.max().clamp(min=1e-30).log2().ceil().exp2()
-    # equal chunks, if up to twice as many give them: another shape would be compiled anew
-    least = -(-len(mask) // chunk)
-    count = next((n for n in range(least, 2 * least) if len(mask) % n == 0), least)
     tokens = hidden.flatten(0, -2), target.flatten(0, hidden.ndim - 2), weights / largest
-    return largest * ChunkedLoss.apply(rows, head, count, torch.is_grad_enabled(), *tokens)
+    return largest * ChunkedLoss.apply(rows, head, chunk, torch.is_grad_enabled(), *tokens)
 
 class ChunkedLoss(torch.autograd.Function):
-    """The sum of a loss by rows, in `count` chunks, its gradients made on the way."""
+    """The sum of a loss by rows, `chunk` at a time, its gradients made on the way."""
     @staticmethod
-    def forward(ctx, rows, head, count, wanted, hidden, target, weights):
+    def forward(ctx, rows, head, chunk, wanted, hidden, target, weights):
         total, W = weights.new_zeros(()), head.to(hidden.dtype)
         d_hidden, d_head = torch.empty_like(hidden), None
         if wanted and head.requires_grad:
             d_head = torch.zeros_like(W, dtype=weights.dtype)
+        count = -(-len(hidden) // chunk)  # of chunks, equal if the tokens allow
         parts = (x.chunk(count) for x in (hidden, target, weights, d_hidden))
         for h, t, w, d_h in zip(*parts):
             loss, d_logits = rows(F.linear(h, W), t, w)
@@ -742,7 +740,8 @@ def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
 
 def next_token_loss(hidden, head, tokens):
     """-log p of the next token, mean over [B, T - 1], given hidden [B, T, D] of tokens [B, T]."""
-    return cross_entropy_loss(hidden[:, :-1], head, tokens[:, 1:].to(hidden.device))
+    labels = F.pad(tokens[:, 1:], (0, 1), value=-100)  # the chunks of kl_loss: compiled once
+    return cross_entropy_loss(hidden, head, labels.to(hidden.device))
 
 @torch.no_grad()
 def evaluate(model, teach, held_out) -> dict[str, float]:
