@@ -1034,6 +1034,10 @@ def test_a_dry_run_says_how_long_a_run_takes(folder, capsys):
     assert " ".join(" ".join(row[:3]) for row in rows[:4]) == wanted
     assert all(float(row[3].replace(",", "")) > 0 < float(row[4]) for row in rows[:4])
 
+def test_default_lengths_stay_within_the_teachers_positions():
+    hd.resolve(s := hd.parse(["--teacher", "its/name", "--data", "its/text"]), make_teacher())
+    assert [b.length for b in s.budgets.values()] == [512, 1024, 1024, 2048]
+
 WRONG = [
     (["--data", ""], "--teacher and --data go together"),
     (["--teacher", "torn"], "it lacks 1 of its weights"), (["--held-out", "5000"], "part has"),
@@ -1049,6 +1053,7 @@ WRONG = [
     (["--data", "null.jsonl"], "it holds no text"), (["--distill-rest-lr", "-1"], "rest_lr >= 0"),
     (["--data", "null.jsonl", "--data-config", "x"], "--data-config is for a dataset of the hub"),
     (["--teacher", "", "--data", "", "--data-config", "x"], "--data-config with them"),
+    (["--distill-length", "2049"], "--distill-length: at most the teacher's 2048"),
     *[(["--data", f"{n}.npy"], "a row of integers below 384") for n in range(5)],
 ]  # fmt: skip
 
@@ -1203,7 +1208,11 @@ def test_needle_prompts_hold_their_answer_and_whole_answers_count(monkeypatch):
     model, prompts = types.SimpleNamespace(device="cpu", generate=generate), tokens(8, 5)
     assert hd.recall_accuracy(model, prompts, prompts[:, :2]) == 0.5
     monkeypatch.setattr(hd, "recall_accuracy", lambda model, prompts, _: prompts.shape[1] / 4096)
-    found = hd.Corpus(tokens(15_000).numpy(), 5_000, 0, tokenizer).recall(None, count=1)
+    corpus = hd.Corpus(tokens(15_000).numpy(), 5_000, 0, tokenizer)
+    model.config = types.SimpleNamespace(max_position_embeddings=2048)
+    assert [*corpus.recall(model, count=1)["needles"]][2:] == ["1 in 1024", "4 in 1024"]
+    model.config.max_position_embeddings = 10**6
+    found = corpus.recall(model, count=1)
     lengths = (512, 1024, 2048, 4096)  # of one needle and of one of four
     assert [*found["needles"]] == [f"{n} in {length}" for length in lengths for n in (1, 4)]
     assert found["recall"] == sum(lengths) / 4 / 4096
