@@ -377,7 +377,7 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
     """KL(teacher || student) of the next-token distributions, mean over tokens, in nats.
     Hidden states [..., D_s], [..., D_t]; heads [V, D_s], [V, D_t]; mask [...], weights, or None.
     Products in the dtype of the hidden states, sums in fp32 or fp64. At most `chunk` rows of logits
-    exist at a time. ValueError if tokens or vocabularies are not the same."""
+    exist at a time; only the student gets gradients. ValueError if tokens or vocabulary differ."""
     if len(student_head) != len(teacher_head):
         raise ValueError("student and teacher must share a vocabulary")
     W = teacher_head.to(teacher_hidden.dtype)
@@ -496,6 +496,8 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
     groups = parameter_groups(model, *rates)
     trained = [p for group in groups for p in group["params"]]
     require(trained, "nothing to train: all is frozen, or no layer is linear")
+    wide = all(p.element_size() >= 4 for p in trained)
+    require(wide, "a student trains in fp32, for 16 bits swallow small steps: call .float() first")
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=any(p.is_cuda for p in trained))
     peaks, name = [group["lr"] for group in groups], Path(folder or "").name
     with contextlib.ExitStack() as at_the_end:
@@ -697,13 +699,12 @@ def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
 # ------------------------------------------------------------- stages 2 and 3: matching, finetuning
 
 class TeacherPass:
-    """tokens [B, T] -> the teacher's last hidden states [B, T, D], remembered in host memory, up to
-    `room` bytes (an eighth of it, 16 GiB), as all candidates and rows see the same batches."""
-    def __init__(self, teacher, room=None):
+    """tokens [B, T] -> the teacher's last hidden states [B, T, D], remembered in host memory (an
+    eighth of it, `room` bytes at most), as all candidates and rows see the same batches."""
+    def __init__(self, teacher, room=2**34):
         check_teacher(teacher)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        most = min(memory // 8, 2**34) // rank_and_world()[1]  # a container may have less
-        self.room = most if room is None else room
+        self.room = min(memory // 8, room) // rank_and_world()[1]
         self.teacher, self.head, self.made = teacher, teacher.lm_head.weight, {}
 
     @torch.no_grad()
@@ -732,11 +733,9 @@ def distill_logits(student, teach, batches, steps, lr=1e-4, rest_lr=7e-6, **how)
 
 def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
     """Stage 3: cross-entropy on longer sequences, all parameters at `lr`, no teacher ("ce")."""
-    def losses(tokens):
-        hidden, head = last_hidden(student, tokens), whole(student.lm_head.weight)
-        yield "ce", next_token_loss(hidden, head, tokens), 1.0
-
-    return train(student, (lr, lr), losses, batches, steps, **how)
+    head = lambda: whole(student.lm_head.weight)
+    ce = lambda tokens: next_token_loss(last_hidden(student, tokens), head(), tokens)
+    return train(student, (lr, lr), lambda ids: [("ce", ce(ids), 1.0)], batches, steps, **how)
 
 def next_token_loss(hidden, head, tokens):
     """-log p of the next token, mean over [B, T - 1], given hidden [B, T, D] of tokens [B, T]."""
@@ -793,6 +792,7 @@ class Selection:
         keys = {name: f"{sorted(layers)} after {steps}" for name, layers in sets.items()}
         rank, world = (0, 1) if self.too_large else rank_and_world()
         for name in [name for name in sets if keys[name] not in self.scores][rank::world]:
+            torch.manual_seed(0)  # of dropout: it does not depend on the candidates before
             hybrid = restore_attention(self.student, self.teacher, sets[name])
             hybrid = shard(hybrid) if self.too_large else hybrid.to(self.teacher.device)
             if steps:
@@ -940,11 +940,10 @@ def published_layers(score: str, k: int, teacher_name: str) -> list[int]:
     published, which is GA-S2, or by published:SCORE: prefixes of assets/published.json."""
     file = Path(__file__).parent / "assets" / "published.json"
     name, score = Path(teacher_name).name, score.partition(":")[2] or "ga_s2"
-    layers = json.loads(file.read_text()).get(name, {}).get(score, [])
-    only_sets = score == "ga_s2" and len(layers) == 9 and k not in (7, 9)
-    known = k <= len(layers) and not only_sets
-    require(known, f"K = {k} is not published for {name!r} by {score}: see {file}")
-    return layers[:k]
+    found = json.loads(file.read_text()).get(name, {})
+    layers = found.get(f"{score} {k}", found.get(score, [])[:k])  # of some, sets alone are known
+    require(len(layers) == k, f"K = {k} is not published for {name!r} by {score}: see {file}")
+    return layers
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -1008,6 +1007,7 @@ def load_tokens(s, tokenizer):
             files = [f for f in (path, *sorted(path.rglob("*"))) if f.is_file()]
             stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
             rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+            rules = rules, tokenizer.eos_token_id
             read = key(s.data, s.data_config, s.text_column, s.seed, count, stats, rules)
             file = Path(s.out) / f"tokens-{read}.npy"
             if not file.exists() and rank_and_world()[0] == 0:
@@ -1019,8 +1019,7 @@ def load_tokens(s, tokenizer):
         ids = np.load(file, mmap_mode="r")
         right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
         right = right and 0 <= ids.min() <= ids.max() < s.vocab
-        embeddings = f"integers below {s.vocab}, the number of the teacher's embeddings"
-        require(right, f"its token ids must be a row of {embeddings}")
+        require(right, f"its ids must be a row of integers below {s.vocab}, the vocabulary size")
     return ids
 
 def tokenised(s, files, tokenizer):
@@ -1078,10 +1077,13 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
 @torch.no_grad()
 def recall_accuracy(model, prompts, answers) -> float:
     """The share of prompts [N, P] that greedy decoding continues with the answer [N, A]."""
-    A, parts = answers.shape[1], prompts.to(model.device).split(32)
-    how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, num_beams=1)
-    how |= dict(repetition_penalty=1.0, pad_token_id=0)
-    texts = [model.generate(x, attention_mask=torch.ones_like(x), **how) for x in parts]
+    A, parts, own = answers.shape[1], prompts.to(model.device).split(32), model.generation_config
+    how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, pad_token_id=0)
+    model.generation_config = transformers.GenerationConfig(**how)  # its own may ban words
+    try:
+        texts = [model.generate(x, attention_mask=torch.ones_like(x)) for x in parts]
+    finally:
+        model.generation_config = own
     return (torch.cat(texts)[:, -A:].cpu() == answers).all(1).double().mean().item()
 
 @torch.no_grad()
@@ -1111,7 +1113,8 @@ class Budget:
         # 8 tokens: two pairs of recall, asked once
         right = min(self.tokens, self.batch, self.length - 7, self.lr) > 0 <= self.rest_lr
         require(right, f"a stage needs tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
-        self.steps = max(1, self.tokens // (self.batch * self.length))
+        self.tokens = max(self.tokens, self.batch * self.length)  # a step at least
+        self.steps = self.tokens // (self.batch * self.length)
 
 STAGES = {"align": align_hidden_states, "select": distill_logits, "distill": distill_logits,
           "finetune": finetune}  # fmt: skip
@@ -1259,11 +1262,11 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         stages[folder] = together(STAGES[stage], model, s.too_large, *inputs, **how)
         return folder
 
-    weights = [int(p.detach().view(torch.uint8).sum()) for p in teacher.parameters()]
-    data = [hashlib.sha1(np.ascontiguousarray(ids)).digest() for ids in corpus.parts.values()]
+    weights = (p.data.cpu().flatten().view(torch.uint8).numpy() for p in teacher.parameters())
+    data = [hashlib.sha1(x).digest() for x in (*weights, *map(np.array, corpus.parts.values()))]
     files = [sys.modules[of.__module__] for of in (Mixer, chunk_gla, type(corpus))]
     code = [inspect.getsource(file).split("-- the plumbing")[0] for file in files]
-    after = s.seed, s.mixer, s.held_out, teacher.config.to_json_string(), weights, data, code
+    after = s.seed, s.mixer, s.held_out, teacher.config.to_json_string(), data, code
     torch.manual_seed(s.seed)
     student = transfer_attention(teacher, mixer=s.mixer)
     aligned = train_stage("align", after, student, teacher, final_lr=b["align"].lr / 100)

@@ -702,7 +702,8 @@ def decay_between(g, cu_seqlens, *state):
     """g [1, T, ...], -inf where a sequence begins: S decays before it is read, this empties it."""
     if len(g) != 1 or cu_seqlens.ndim != 1 or any(state):
         raise ValueError("cu_seqlens must be [N + 1], B = 1, and no state is given or kept with it")
-    return g.index_fill(1, cu_seqlens[1:-1].long(), -torch.inf)
+    g = F.pad(g, (0, 0) * (g.ndim - 2) + (0, 1))  # where an empty sequence at the end begins
+    return g.index_fill(1, cu_seqlens[1:-1].long(), -torch.inf)[:, :-1]
 
 def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None,
                            output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None,
