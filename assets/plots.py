@@ -334,41 +334,40 @@ def stage_2(histories):
 
 
 def evidence(runs, k):
-    """{row: its rows of all seeds} of the Gated DeltaNet runs with k softmax layers, best first."""
+    """{row: its rows of all runs} with Gated DeltaNet and k softmax layers, best median first."""
     found = {}
     for run in runs:
         for row in run["rows"] if run["K"] == k and run["mixer"] == "gdn" else ():
-            found.setdefault(row["name"], {})[run["seed"]] = row
-    found = {name: [*by.values()] for name, by in found.items()}
-    return dict(sorted(found.items(), key=lambda item: statistics.mean(r["kl"] for r in item[1])))
+            found.setdefault(row["name"], []).append(row)
+    return dict(sorted(found.items(), key=lambda item: statistics.median(r["kl"] for r in item[1])))
 
 
 def readme(runs, k=8):
     """The README's figure: test KL by way of choosing, and needles against the context length."""
     left, right = panels(2, 4.2, gridspec_kw={"width_ratios": [1.15, 1]})
     known = evidence(runs, k)
-    rows = {name: seeds for name, seeds in known.items() if name != "teacher"}
-    for y, (name, seeds) in enumerate(rows.items()):
-        kl = [row["kl"] for row in seeds]
-        mean, look = statistics.mean(kl), style(name)
+    rows = {name: tries for name, tries in known.items() if name != "teacher"}
+    for y, (name, tries) in enumerate(rows.items()):
+        kl = [row["kl"] for row in tries]
+        middle, look = statistics.median(kl), style(name)
         left.plot([min(kl), max(kl)], [y, y], color=look["color"], linewidth=2)
-        left.plot(mean, y, linestyle="", markersize=7, **look)
-        needles = statistics.mean(row["recall"] for row in seeds)
-        left.annotate(f"{mean:.3f} nats, {100 * needles:.0f} % of needles", (max(kl), y), (9, 0),
+        left.plot(middle, y, linestyle="", markersize=7, **look)
+        needles = statistics.median(row["recall"] for row in tries)
+        left.annotate(f"{middle:.3f} nats, {100 * needles:.0f} % of needles", (max(kl), y), (9, 0),
                       textcoords="offset points", va="center", fontsize=8)
-    count = {name: f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
-             for name, seeds in rows.items()}
+    count = {name: f"{name} ({len(tries)} runs)" if len(tries) > 1 else name
+             for name, tries in rows.items()}
     left.set_yticks(range(len(rows)), [count[name] for name in rows])
-    worst = max(row["kl"] for seeds in rows.values() for row in seeds)
+    worst = max(row["kl"] for tries in rows.values() for row in tries)
     left.set(xlabel="test KL to the teacher (nats)", xlim=(0, 1.75 * worst),
              ylim=(len(rows) - 0.5, -0.5), title=f"{k} of 30 layers stay softmax: who chooses them")
     lengths, ends = (512, 1024, 2048, 4096), {}
     named = [name for name in ("teacher", "gates", "ga-s2", "centred", "all-linear")
              if name == "teacher" or name in rows]
     for name in named:
-        seeds = known[name]
-        found = [100 * statistics.mean(row["needles"][f"{n} in {length}"] for row in seeds
-                                       for n in (1, 4)) for length in lengths]
+        found = [100 * statistics.median(
+            (row["needles"][f"1 in {length}"] + row["needles"][f"4 in {length}"]) / 2
+            for row in known[name]) for length in lengths]
         right.plot(range(len(lengths)), found, clip_on=False, **style(name))
         ends[name] = found[-1]
     low = -10
