@@ -1019,7 +1019,7 @@ def load_tokens(s, tokenizer):
         ids = np.load(file, mmap_mode="r")
         right = ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu"
         right = right and 0 <= ids.min() <= ids.max() < s.vocab
-        require(right, f"its ids must be a row of integers below {s.vocab}, the vocabulary size")
+        require(right, f"ids must be a row of integers below {s.vocab}, the teacher's embeddings")
     return ids
 
 def tokenised(s, files, tokenizer):
