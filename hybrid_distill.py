@@ -316,8 +316,7 @@ def mixers(model) -> dict[int, nn.Module]:
 
 def product_dtype(model) -> torch.dtype:
     """The teacher's, of matrix products. A student trains in fp32: 16 bits swallow small steps."""
-    name = getattr(model.config, "product_dtype", None)
-    return getattr(torch, name) if name else model.dtype
+    return getattr(torch, getattr(model.config, "product_dtype", str(model.dtype)[6:]))
 
 def autocast(model):
     dtype = product_dtype(model)
@@ -334,8 +333,7 @@ def last_hidden(model, tokens):
 
 def alignment_loss(y_student, y_teacher):
     """Stage 1: mean over tokens of ||y_teacher - y_student||_2 D^-1/2, of two [B, T, D]."""
-    D = y_student.shape[-1]
-    return (y_teacher.float() - y_student.float()).norm(dim=-1).mean() * D**-0.5
+    return (y_teacher.float() - y_student.float()).norm(dim=-1).mean() * y_teacher.shape[-1] ** -0.5
 
 def compiled(function):
     """On a GPU by torch.compile: 2 passes over its tensors, not 20. Uncompiled if that fails."""
@@ -386,9 +384,8 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
     """-log p(label), as `kl_loss` in all else. labels [...], -100 where a token does not count."""
-    ignored = labels == -100
-    counted = ~ignored if mask is None else mask * ~ignored
-    label = labels.masked_fill(ignored, 0)
+    counted, label = labels != -100, labels.masked_fill(labels == -100, 0)
+    counted = counted if mask is None else mask * counted
     return mean_of_rows(cross_entropy_rows, hidden, head, label, counted, chunk)
 
 def mean_of_rows(rows, hidden, head, target, mask, chunk):
@@ -409,9 +406,8 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, head, chunk, wanted, hidden, target, weights):
         total, W = weights.new_zeros(()), head.to(hidden.dtype)
-        d_hidden, d_head = torch.empty_like(hidden), None
-        if wanted and head.requires_grad:
-            d_head = torch.zeros_like(W, dtype=weights.dtype)
+        d_hidden, both = torch.empty_like(hidden), wanted and head.requires_grad
+        d_head = torch.zeros_like(W, dtype=weights.dtype) if both else None
         count = -(-len(hidden) // chunk)  # of chunks, equal if the tokens allow
         parts = (x.chunk(count) for x in (hidden, target, weights, d_hidden))
         for h, t, w, d_h in zip(*parts):
@@ -733,8 +729,7 @@ def distill_logits(student, teach, batches, steps, lr=1e-4, rest_lr=7e-6, **how)
 
 def finetune(student, batches, steps, lr=1e-5, **how) -> list[dict]:
     """Stage 3: cross-entropy on longer sequences, all parameters at `lr`, no teacher ("ce")."""
-    head = lambda: whole(student.lm_head.weight)
-    ce = lambda tokens: next_token_loss(last_hidden(student, tokens), head(), tokens)
+    ce = lambda ids: next_token_loss(last_hidden(student, ids), whole(student.lm_head.weight), ids)
     return train(student, (lr, lr), lambda ids: [("ce", ce(ids), 1.0)], batches, steps, **how)
 
 def next_token_loss(hidden, head, tokens):
@@ -957,7 +952,6 @@ def byte_tokenizer():
 
 class Corpus:
     """A stream of token ids [N]: first the validation part, then the test part, then train."""
-
     def __init__(self, ids, held_out: int, seed: int, tokenizer=None):
         parts = np.split(np.asarray(ids), (held_out, 2 * held_out))
         self.parts = dict(zip(("validation", "test", "train"), parts))

@@ -211,6 +211,7 @@ def before_after(curves, chosen):
     for kept, colour, label in ((True, SOFTMAX, "stays softmax"), (False, LINEAR, "linear")):
         some = [points[i] for i in points if (i in chosen) == kept]
         ax.plot(*zip(*some), "o", color=colour, label=label, markersize=6 if kept else 4)
+    ax.margins(0.08, 0.12)
     label_apart(ax, points, chosen)
     ax.set(xlabel="held-out KL before training (nats)", ylabel="after training (nats)",
            title="what a little training changes")
