@@ -396,7 +396,7 @@ def mean_of_rows(rows, hidden, head, target, mask, chunk):
         raise ValueError("hidden states, targets and mask must be of the same tokens")
     mask = mask.flatten().to(hidden.device, torch.promote_types(hidden.dtype, torch.float32))
     weights = mask / mask.sum().clamp(min=1e-30)
-    # 1 / tokens would be lost in a 16-bit gradient: a power of two, which rounds nothing, is last
+    # 1 / tokens would be lost in an fp16 gradient: a power of two, which rounds nothing, is last
     largest = weights.max().clamp(min=1e-30).log2().ceil().exp2()
     tokens = hidden.flatten(0, -2), target.flatten(0, hidden.ndim - 2), weights / largest
     return largest * ChunkedLoss.apply(rows, head, chunk, torch.is_grad_enabled(), *tokens)
@@ -911,7 +911,7 @@ SELECTORS = {
 }  # fmt: skip
 
 def select_layers(x: Selection, strategy="ga-s2", first_steps=None) -> list[int]:
-    """All layers ranked by a score in SELECTORS, best first: the first x.k stay softmax.
+    """Layers ranked by a score in SELECTORS, best first: the first x.k stay softmax.
     first_steps: candidates train for so many steps, then anew for 2, 4, ... times as many, until
     the K best are the same twice or x.budget.steps are reached: at up to three times its cost."""
     best, x.steps = None, min(first_steps or x.budget.steps, x.budget.steps)
@@ -1136,7 +1136,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--text-column", default="text", help="of a dataset, .jsonl or .parquet [text]")
     add("--softmax-layers", type=int, metavar="K", help="how many stay softmax [a quarter]")
     add("--select", default="ga-s2", help=f"which stay: {PLACES} [ga-s2]")
-    add("--baselines", help="further rows: several of --select, or none")
+    add("--baselines", help="further rows, as --select, or none [four; from 1B none]")
     add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
     add("--budget", choices=BUDGETS, help="defaults of the stages [small; from 1B parameters day]")
     add("--select-from", type=int, default=0, help="tokens, doubled until the K best agree twice")
