@@ -1070,10 +1070,9 @@ def needle_prompts(tokenizer, filler, needles: int, count: int, length: int, dra
 
 @torch.no_grad()
 def recall_accuracy(model, prompts, answers) -> float:
-    """The share of prompts [N, P] that greedy decoding continues with the answer [N, A]."""
+    """The share of prompts [N, P] that plain greedy decoding continues with the answer [N, A]."""
     A, parts, own = answers.shape[1], prompts.to(model.device).split(32), model.generation_config
-    how = dict(max_new_tokens=A, min_new_tokens=A, do_sample=False, pad_token_id=0)
-    model.generation_config = transformers.GenerationConfig(**how)  # its own may ban words
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=A, pad_token_id=0)
     try:
         texts = [model.generate(x, attention_mask=torch.ones_like(x)) for x in parts]
     finally:
@@ -1256,8 +1255,9 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         stages[folder] = together(STAGES[stage], model, s.too_large, *inputs, **how)
         return folder
 
-    weights = (p.data.cpu().flatten().view(torch.uint8).numpy() for p in teacher.parameters())
-    data = [hashlib.sha1(x).digest() for x in (*weights, *map(np.array, corpus.parts.values()))]
+    weights = (p.data.cpu().flatten().view(torch.uint8) for p in teacher.parameters())
+    read = itertools.chain(weights, corpus.parts.values())
+    data = [hashlib.sha1(np.ascontiguousarray(x)).digest() for x in read]
     files = [sys.modules[of.__module__] for of in (Mixer, chunk_gla, type(corpus))]
     code = [inspect.getsource(file).split("-- the plumbing")[0] for file in files]
     after = s.seed, s.mixer, s.held_out, teacher.config.to_json_string(), data, code
