@@ -1114,8 +1114,8 @@ STAGES = {"align": align_hidden_states, "select": distill_logits, "distill": dis
 BUDGETS = {  # of these stages: for minutes on a CPU, minutes and a day of a GPU, and of [1]
     "embedded": (Budget(614_400, 128, 32, 3e-3), Budget(81_920, 128, 32, 1e-3, 1e-4),
                  Budget(245_760, 128, 32, 1e-3, 1e-4), Budget(81_920, 256, 16, 1e-4)),
-    "small": (Budget(10_000_000, 512, 96, 2e-3), Budget(196_608, 1024, 16, 5e-4, 5e-5),
-              Budget(2_457_600, 1024, 16, 5e-4, 5e-5), Budget(400_000, 4096, 4, 2e-5)),
+    "small": (Budget(10_000_000, 512, 96, 2e-3), Budget(196_608, 1024, 16, 3e-4, 3e-5),
+              Budget(2_457_600, 1024, 16, 3e-4, 3e-5), Budget(400_000, 4096, 4, 2e-5)),
     "day": (Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
             Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6), Budget(2 * 10**7, 16384, 8, 1e-5)),
     "paper": (Budget(10**8, 512, 96, 1e-3), Budget(2 * 10**8, 4096, 32, 1e-4, 7e-6),
