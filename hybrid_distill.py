@@ -78,14 +78,14 @@ class Mixer(nn.Module):
     """Linear attention in the place of a layer's softmax attention: what every kind of it shares.
 
     Stage 0 for one layer: W_q, W_k, W_v, W_o of `attn` with their biases (Qwen2), its q/k norms
-    (Qwen3) and head size are copied. Mixer head h gets query head h and the KV head h // (H / H_kv)
-    that it reads, whole. (The official code repeats weight rows, which mixes channels of heads.)
+    (Qwen3) and head size are copied. Head h gets query head h and KV head h // (H / H_kv), whole.
 
     Another mixer is a subclass in this file, named in MIXERS, with
-    add_gates(D, std, **to)   its own parameters; std: of new matrices
+    add_gates(D, std, **to)   its parameters, std: of new matrices; constants as persistent buffers
     gates(x, q, k, v)         x [B, T, D], others [B, T, H, Dh] -> q, k, v, log-decay [B, T, H, ...]
-                              and what else is written to the state
-    chunk(q, k, v, *gates, initial_state=, output_final_state=) -> o [B, T, H, Dh], S
+                              and what else is written to the state; 0 on padding, but for q
+    chunk(q, k, v, *gates, initial_state=, output_final_state=) -> o [B, T, H, Dh], S; static; it
+                              scales q and takes a log-decay of -inf, where a sequence begins
     step                      if one token can be had faster: as in GatedDeltaNet
     """
     fp32 = ()  # names of parameters that stay fp32 whatever the model is
@@ -156,7 +156,7 @@ class GatedDeltaNet(Mixer):
         beta_t = sigmoid(W_b x_t)                                     write strength, in fp32
         S~_t   = exp(g_t) S_{t-1}                                     S decays first,
         S_t    = S~_t + k_t (x) beta_t (v_t - S~_t^T k_t)             then its error is corrected
-        o_t    = S_t^T q_t Dh^-1/2                                    (three lines: kernels.py)
+        o_t    = S_t^T q_t Dh^-1/2                                    (computed in kernels.py)
         y_t    = W_o (RMSNorm(o_t) * SiLU(W_g x_t))
     """
     fp32 = ("A_log", "dt_bias")
@@ -244,8 +244,8 @@ class Hybrid:
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **options):
         model, info = super().from_pretrained(*args, output_loading_info=True, **options)
-        missing = sorted(info["missing_keys"])
-        require(not missing, f"this checkpoint lacks {len(missing)} weights, such as {missing[:1]}")
+        wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        require(not wrong, f"{len(wrong)} weights are not those of the config, as {wrong[:1]}")
         return (model, info) if output_loading_info else model
 
     def generate(self, *args, **options):
@@ -285,8 +285,7 @@ def swap_attention(model) -> None:
     model.model.register_forward_pre_hook(_tell_mixers, with_kwargs=True)
 
 def _tell_mixers(decoder, args, kwargs):
-    """Give every mixer what transformers builds its mask from: padding, or packed sequences.
-    Extra keyword arguments of the decoder reach every self_attn."""
+    """Give every self_attn, as extra keywords, what its mask is built from: padding or packing."""
     call = {**dict(zip(("input_ids", "attention_mask", "position_ids"), args)), **kwargs}
     mask, positions, ends = map(call.get, ("attention_mask", "position_ids", "cu_seq_lens_q"))
     if mask is not None:
@@ -484,12 +483,13 @@ def check_layers(softmax_layers, L: int) -> list[int]:
 SECONDS_BETWEEN_SAVES = 60.0
 
 def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=None, folder=None):
-    """The loop behind every stage -> its history, a row a step: {"step", name: loss, "loss", ...}.
-    It trains in place, in fp32. rates: AdamW's for attention and for the rest, 0: frozen; what is
-    frozen stays so. losses(tokens) gives (name, loss, factor), back-propagated one by one. batches:
-    tokens [B, T], a list or a function of the step. schedule(step): a factor on the rates.
-    micro_batch: sequences at a time, halved when GPU memory runs out. folder: of its saves, each
-    minute and at the end; it resumes from them. FloatingPointError for a gradient not finite."""
+    """The loop behind every stage -> its history, a row a step: {"step", name: loss, "loss": their
+    mean, ...}. It trains in place, in fp32. rates: AdamW's for attention and the rest, 0: frozen;
+    what is frozen stays so. losses(tokens) gives (name, loss, factor), back-propagated one by one.
+    batches: tokens [B, T], a list or a function of the step. schedule(step): a factor on the rates.
+    micro_batch: sequences at a time, halved when GPU memory runs out. folder: of saves, each minute
+    and at the end; the same call (unchecked) resumes. FloatingPointError for a gradient not
+    finite."""
     groups = parameter_groups(model, *rates)
     trained = [p for group in groups for p in group["params"]]
     require(trained, "nothing to train: all is frozen, or no layer is linear")
@@ -502,7 +502,7 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
             p.requires_grad_(False)
             at_the_end.callback(p.requires_grad_, True)
         at_the_end.callback(lambda: model.eval().zero_grad())
-        model.train()
+        model.train().zero_grad()  # with gradients AdamW's state would not be loaded
         history = load(folder, model, optimizer, steps) if folder else []
         if history:  # as given, or as halved before the stop
             micro_batch = min(micro_batch or math.inf, history[-1]["micro_batch"])
@@ -513,12 +513,13 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * (schedule(step) if schedule else 1.0)
             tokens = batches(step) if callable(batches) else batches[step]
-            row, micro_batch = back_propagate(trained, losses, tokens, micro_batch)
+            sums, micro_batch = back_propagate(trained, losses, tokens, micro_batch)
             norm = float(whole(nn.utils.clip_grad_norm_(trained, 1.0)))
             if not math.isfinite(norm):
                 where = f"{name or 'candidate'}, step {step + 1} of {steps}: the gradient is {norm}"
                 raise FloatingPointError(f"{where}, lower the learning rate")
             optimizer.step()
+            row = {of: float(loss) for of, loss in sums.items()}
             row |= {"loss": sum(row.values()) / len(row), "gradient_norm": norm}
             row |= {"step": step + 1, "micro_batch": micro_batch, "tokens": tokens.numel()}
             history.append(row | {"seconds": time.monotonic() - clock})
@@ -554,7 +555,7 @@ def back_propagate(trained, losses, tokens, micro_batch):
         for total in totals:
             if not isinstance(total, DTensor | None):  # shards sum their own
                 dist.all_reduce(total)
-        return {name: float(total) for name, total in sums.items()}, micro_batch
+        return sums, micro_batch
     loss, half = None, (micro_batch + 1) // 2  # the failed try is freed only after the `except`
     torch.cuda.empty_cache()
     print(f"out of GPU memory: {half} sequences at a time from here on", file=sys.stderr)
@@ -701,7 +702,7 @@ class TeacherPass:
         check_teacher(teacher)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.room = min(memory // 8, room) // rank_and_world()[1]
-        self.teacher, self.head, self.made = teacher, teacher.lm_head.weight, {}
+        self.teacher, self.head, self.made = teacher.eval(), teacher.lm_head.weight, {}
 
     @torch.no_grad()
     def __call__(self, tokens):
@@ -752,6 +753,8 @@ def evaluate(model, teach, held_out) -> dict[str, float]:
         counts.update(dict.fromkeys(found, tokens.numel()))
     model.train(mode)
     means = {name: sums[name] / counts[name] for name in sums}
+    if not math.isfinite(means["kl"]):
+        raise FloatingPointError(f"the held-out KL is {means['kl']}: lower the learning rate")
     return means | ({"perplexity": math.exp(means.pop("ce"))} if "ce" in means else {})
 
 # ---------------------------------------------------------------- stage S: KL-guided selection
@@ -767,7 +770,7 @@ class Selection:
     budget: Budget  # of a candidate: steps, lr, rest_lr
     history: list = ()  # of stage 1, for ga-s1
     recall: object = None  # model -> its accuracy, for ar
-    file: Path | None = None  # scores are remembered in files of this name
+    file: Path | None = None  # remembers scores in files of this name, for all else the same
     micro_batch: int | None = None
     too_large: bool = False  # a candidate is too large for one of several processes
 
@@ -786,7 +789,8 @@ class Selection:
         steps = self.steps if steps is None else steps
         keys = {name: f"{sorted(layers)} after {steps}" for name, layers in sets.items()}
         rank, world = (0, 1) if self.too_large else rank_and_world()
-        for name in [name for name in sets if keys[name] not in self.scores][rank::world]:
+        new = [name for name in sets if keys[name] not in self.scores][rank::world]
+        for name in tqdm(new, "candidates", disable=rank > 0 or not new):
             torch.manual_seed(0)  # of dropout: it does not depend on the candidates before
             hybrid = restore_attention(self.student, self.teacher, sets[name])
             hybrid = shard(hybrid) if self.too_large else hybrid.to(self.teacher.device)
@@ -947,10 +951,6 @@ def seeded(*name) -> torch.Generator:
     digest = hashlib.sha256(json.dumps(name).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
-def byte_tokenizer():
-    """The embedded teacher's: <pad> 0, <eos> 1, <unk> 2, and every byte b as token b + 3."""
-    return AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
-
 class Corpus:
     """A stream of token ids [N]: first the validation part, then the test part, then train."""
     def __init__(self, ids, held_out: int, seed: int, tokenizer=None):
@@ -1019,11 +1019,11 @@ def load_tokens(s, tokenizer):
 def tokenised(s, files, tokenizer):
     """Yields the ids of text: documents in a seeded order, each closed with EOS."""
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    local = {glob.escape(str(f)): kinds[f.suffix] for f in files if f.suffix in kinds}
+    found = {glob.escape(str(f)): kinds.get(f.suffix.lower()) for f in files}
+    local = {file: kind for file, kind in found.items() if kind}
     require(not (files and s.data_config), "--data-config is for a dataset of the hub")
     found = {*local.values()} or {s.data}
-    right = len(found) == 1 and bool(local) == bool(files)
-    require(right, "local data are all .txt, .jsonl or .parquet")
+    require(len(found) == 1 and (local or not files), "local data are all .txt, .jsonl or .parquet")
     kind, how = found.pop(), {"data_files": [*local]} if local else {}
     if kind == "text" and local:
         how["sample_by"] = "document"
@@ -1097,13 +1097,12 @@ def running_cost(model, length: int) -> dict:
 class Budget:
     """What a stage uses: tokens in all, tokens a sequence, sequences a step, learning rates."""
     tokens: int
-    length: int
+    length: int  # at least 8: two pairs of recall, asked once
     batch: int
     lr: float
     rest_lr: float = 0.0
 
     def __post_init__(self):
-        # 8 tokens: two pairs of recall, asked once
         right = min(self.tokens, self.batch, self.length - 7, self.lr) > 0 <= self.rest_lr
         require(right, f"a stage needs tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
         self.tokens = max(self.tokens, self.batch * self.length)  # a step at least
@@ -1135,7 +1134,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--text-column", default="text", help="of a dataset, .jsonl or .parquet [text]")
     add("--softmax-layers", type=int, metavar="K", help="how many stay softmax [a quarter]")
     add("--select", default="ga-s2", help=f"which stay: {PLACES} [ga-s2]")
-    add("--baselines", help="further rows, as --select, or none [four; from 1B none]")
+    add("--baselines", help="further rows, as --select but no list, or none [four; from 1B none]")
     add("--mixer", default="gdn", choices=MIXERS, help="the linear attention [gdn]")
     add("--budget", choices=BUDGETS, help="defaults of the stages [small; from 1B parameters day]")
     add("--select-from", type=int, default=0, help="tokens, doubled until the K best agree twice")
@@ -1193,8 +1192,8 @@ def resolve(s, teacher) -> None:
     s.placed = {}  # the rows: {name: layers, or None for a selector to find}
     for name in [s.select, *(name for name in rows if name != "none")]:
         if name.partition(":")[0] == "published":
-            known[name] = published_layers(name, k, s.teacher or "")
-        require(name in known, f"--select and --baselines take {PLACES}, not {name!r}")
+            known[name] = published_layers(name, k, s.teacher or "the embedded teacher")
+        require(name in known, f"--select and (no list) --baselines take {PLACES}, not {name!r}")
         s.placed[name] = known[name]
 
 @contextlib.contextmanager
@@ -1229,8 +1228,8 @@ def load_teacher(s):
             tokenizer = AutoTokenizer.from_pretrained(place)
         how = dict(dtype=s.dtype, output_loading_info=True)
         teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
-        wrong = [*info["missing_keys"], *info["mismatched_keys"]]
-        require(not wrong, f"it lacks {len(wrong)} of its weights, such as {wrong[:1]}")
+        wrong = *info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]
+        require(not wrong, f"{len(wrong)} of its weights are not those of its config: {wrong[:1]}")
         return teacher.to(s.device).eval(), tokenizer
 
 def key(*parts) -> str:
@@ -1305,8 +1304,8 @@ def write_report(s, report) -> str:
     base = f"base_model: {s.teacher}\n" if s.teacher and not Path(s.teacher).exists() else ""
     text = f"""---\nlibrary_name: transformers\n{base}---\n{rows}
 KL (nats), perplexity: test part; cost: tokens that candidates trained on. Every student had the
-same stages 2 and 3, and has its teacher's licence.\n
-- load: AutoModelForCausalLM.from_pretrained({place!r}, trust_remote_code=True)\n"""
+same stages 2 and 3, and has its teacher's licence. path: of this folder; AutoTokenizer likewise.\n
+- load: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"""
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
     write(Path(s.out) / "report.md", text)
     write(Path(place) / "README.md", text)
@@ -1314,8 +1313,9 @@ same stages 2 and 3, and has its teacher's licence.\n
     return f"{rows}\nThe student is in {place}: see its README.md."
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table of rows with the same keys."""
+    """A Markdown table of rows with the same keys, but for what is a dict."""
     kinds = {int: ",", float: ",.4g"}
+    rows = [{n: x for n, x in row.items() if not isinstance(x, dict)} for row in rows]
     lines = [[f"{x:{kinds.get(type(x), '')}}" for x in row.values()] for row in rows]
     lines = [rows[0], ["---"] * len(rows[0]), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

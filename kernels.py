@@ -164,7 +164,7 @@ def torch_chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=Non
                                  output_final_state=False,
                                  use_qk_l2norm_in_kernel=False):  # fmt: skip
     """recurrent_gated_delta_rule in chunks, with the same arguments and returns: any device,
-    differentiable once. To copy it out take check_inputs, ChunkedTorch and l2norm along."""
+    differentiable once."""
     check_inputs(q, k, v, g, beta, initial_state)
     (B, T, _, Dk), (HV, Dv) = q.shape, v.shape[2:]
     dtype, work = v.dtype, torch.promote_types(q.dtype, torch.float32)
