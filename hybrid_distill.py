@@ -994,7 +994,7 @@ def EmbeddedCorpus(seed: int) -> Corpus:
     return importlib.import_module("assets.embedded").EmbeddedCorpus(seed)
 
 def load_tokens(s, tokenizer):
-    """--data as ids [N]: a .npy as it is; of text, tokenised once, what the stages take."""
+    """--data as ids [N]: a .npy as it is; text is tokenised once, as much as the stages take."""
     file = path = Path(s.data)
     with one_sentence(f"cannot use --data {s.data}"):
         if path.suffix != ".npy":
@@ -1083,7 +1083,7 @@ def recall_accuracy(model, prompts, answers) -> float:
 def running_cost(model, length: int) -> dict:
     """Of one sequence of so many tokens: bytes of its cache and, on a GPU, tokens/s behind it."""
     tokens = torch.ones(1, length, dtype=torch.long)
-    cache = model.model(input_ids=tokens.to(model.device), use_cache=True)[1]
+    cache = model.model(input_ids=tokens.to(model.device), use_cache=True).past_key_values
     cost = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
     if model.device.type == "cuda":
         written = lambda n: recall_accuracy(model, tokens, torch.ones(1, n))

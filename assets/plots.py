@@ -169,7 +169,7 @@ def alignment(history, L):
     handles, labels = left.get_legend_handles_labels()
     left.legend(handles[::-1], labels[::-1], loc="upper right", ncols=2)  # as the curves lie
     right.bar(range(L), [last[i] for i in range(L)], color=LINEAR)
-    right.set(xlabel="layer", ylabel="alignment loss", title="mean of the last steps")
+    right.set(xlabel="layer", ylabel="alignment loss", title="mean of the last 9 steps")
     whole_numbers(left, right)
 
 
