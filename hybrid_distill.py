@@ -222,7 +222,7 @@ class RecurrentState(DynamicLayer):
 
 def recurrent_state(cache, layer_idx: int) -> RecurrentState:
     """The state of one layer, put in the place of its empty KV layer when first asked for, so that
-    who makes the cache (`generate`, a pipeline, `DynamicCache()`) need not know of hybrids."""
+    whoever makes the cache (`generate`, a pipeline, `DynamicCache()`) need not know of hybrids."""
     while isinstance(cache, Cache) and len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx] if isinstance(cache, Cache) else cache
@@ -572,7 +572,7 @@ def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
     return [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
 
 def state_of(model, optimizer=None) -> dict:
-    """What a save holds: the CPU's random state, trained weights and, till the end, AdamW's."""
+    """What a save holds: the CPU's random state, trained weights and, until the end, AdamW's."""
     state = {f"model.{n}": p.data for n, p in model.named_parameters() if p.requires_grad}
     if optimizer:
         how = dict(options=StateDictOptions(ignore_frozen_params=True))
@@ -602,7 +602,7 @@ def load(folder, model, optimizer, steps: int) -> list[dict]:
     return [json.loads(row) for row in rows[:step]]
 
 def write(path, content) -> None:
-    """Text, or an array as .npy, in a file that is there whole or not at all."""
+    """Text, or an array as .npy, in a file that is written completely or not at all."""
     with open(f"{path}.new", "wb") as file:
         np.save(file, content) if isinstance(content, np.ndarray) else file.write(content.encode())
         file.flush()
@@ -685,7 +685,7 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
 @contextlib.contextmanager
 def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
     """Within it, attention l of layers gives output(l, its keyword arguments, its own output):
-    without one, zeros."""
+    without it, zeros."""
     hook = lambda attention, _, inputs, y: (output(attention.layer_idx, inputs, y[0]), *y[1:])
     with contextlib.ExitStack() as hooks:
         for i in layers:
@@ -1081,7 +1081,7 @@ def recall_accuracy(model, prompts, answers) -> float:
 
 @torch.no_grad()
 def running_cost(model, length: int) -> dict:
-    """Of one sequence of so many tokens: bytes of its cache and, on a GPU, tokens/s behind it."""
+    """Of one sequence of so many tokens: bytes of its cache and, on a GPU, tokens/s after it."""
     tokens = torch.ones(1, length, dtype=torch.long)
     cache = model.model(input_ids=tokens.to(model.device), use_cache=True).past_key_values
     cost = {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)}
@@ -1110,7 +1110,7 @@ class Budget:
 
 STAGES = {"align": align_hidden_states, "select": distill_logits, "distill": distill_logits,
           "finetune": finetune}  # fmt: skip
-BUDGETS = {  # of these stages: for minutes on a CPU, minutes and a day of a GPU, and of [1]
+BUDGETS = {  # of these stages: minutes on a CPU, minutes on a GPU, a day on one, and [1]'s
     "embedded": (Budget(614_400, 128, 32, 3e-3), Budget(81_920, 128, 32, 1e-3, 1e-4),
                  Budget(245_760, 128, 32, 1e-3, 1e-4), Budget(81_920, 256, 16, 1e-4)),
     "small": (Budget(10_000_000, 512, 96, 2e-3), Budget(196_608, 1024, 16, 3e-4, 3e-5),
