@@ -248,9 +248,8 @@ class Hybrid:
         require(not wrong, f"{len(wrong)} weights are not those of the config, as {wrong[:1]}")
         return (model, info) if output_loading_info else model
 
-    def generate(self, *args, **options):
-        paged = options.get("cache_implementation") == "paged"  # it would fail in a thread, unseen
-        require(not paged, "a recurrent state is not cut in pages: no paged cache")
+    def generate(self, *args, **options):  # a paged cache would fail in a thread, unseen
+        require(options.get("cache_implementation") != "paged", "a hybrid has no paged cache")
         return super().generate(*args, **options)
 
 HYBRIDS = {}  # the stock class -> its hybrid: LlamaForCausalLM -> HybridLlamaForCausalLM, ...
@@ -1207,6 +1206,7 @@ def one_sentence(beginning: str):
 # ---------------------------------------------------------------------------------------- the run
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets" / "teacher"
+byte_tokenizer = functools.partial(AutoTokenizer.from_pretrained, EMBEDDED_TEACHER)  # byte b: b + 3
 
 def load_teacher(s):
     """(teacher, tokenizer) in --dtype on --device; UserError says what is wrong."""

@@ -59,7 +59,6 @@ parametrize, approx = pytest.mark.parametrize, pytest.approx
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 bf16_default = partial(transformers.modeling_utils.local_torch_dtype, bf16)
 load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
-byte_tokenizer = partial(transformers.AutoTokenizer.from_pretrained, hd.EMBEDDED_TEACHER)
 batches = lambda step: tokens(4, 16, seed=step)
 spent = lambda x: sum(x.spent.values())  # tokens of its candidates
 
@@ -846,7 +845,7 @@ def test_a_wrong_call_gets_one_sentence():
 def folder(tmp_path):
     """With a teacher and its data, for runs of `arguments`."""
     make_teacher().save_pretrained(tmp_path / "teacher")
-    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    hd.byte_tokenizer().save_pretrained(tmp_path / "teacher")
     np.save(tmp_path / "ids.npy", tokens(6000).numpy())
     return tmp_path
 
@@ -878,7 +877,7 @@ def test_every_kind_of_data_gives_the_same_documents(kind, tmp_path, datasets):
         (tmp_path / f"{n}.{('TXT', 'txt')[n % 2]}").write_text(texts[n])
     {"txt": id, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind](tmp_path / f"a.{kind}")
     s = settings(tmp_path, "--data", tmp_path, "--held-out", 80)  # all is needed
-    ids = hd.load_tokens(s, byte_tokenizer())
+    ids = hd.load_tokens(s, hd.byte_tokenizer())
     documents = bytes(np.maximum(ids.astype(int) - 3, 0).tolist()).split(b"\0")[:-1]
     assert sorted(documents) == sorted(text.encode() for text in texts) and ids[-1] == 1
     assert documents != sorted(documents)
@@ -887,7 +886,7 @@ def test_tokens_are_of_the_tokenizer_at_hand_and_within_the_vocabulary(tmp_path,
     (tmp_path / "a.txt").write_text(90 * "1 2 12 ")
     s, made = settings(tmp_path, "--data", tmp_path / "a.txt"), watch(hd, "tokenised")
     tokenizers = pytest.importorskip("tokenizers")
-    plain, merged, marked, ended = (byte_tokenizer() for _ in range(4))
+    plain, merged, marked, ended = (hd.byte_tokenizer() for _ in range(4))
     ended.eos_token = "<unk>"
     of, begin = type(plain.backend_tokenizer.model), tokenizers.processors.TemplateProcessing
     merged.backend_tokenizer.model = of({**plain.get_vocab(), "12": 380}, [("1", "2")])
@@ -1014,7 +1013,7 @@ def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypat
     make_teacher().save_pretrained("mute")
     torn = {name.replace("0.mlp.up", "0.up"): p for name, p in weights(make_teacher()).items()}
     make_teacher().save_pretrained("torn", state_dict=torn)
-    byte_tokenizer().save_pretrained("torn")
+    hd.byte_tokenizer().save_pretrained("torn")
     with contextlib.nullcontext() if more else filelock.FileLock("run/.lock-0"):
         assert hd.main(arguments(folder, *more.split())) == 1
     error = capsys.readouterr().err.split("error: ", 1)[1].strip()
@@ -1026,7 +1025,7 @@ def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypat
 def saved_student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "student"
     make_student(make_teacher("qwen3"), [1]).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    hd.byte_tokenizer().save_pretrained(folder)
     return folder
 
 def test_a_student_on_the_hub_loads(saved_student, tmp_path):
@@ -1047,9 +1046,9 @@ def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path):
     assert list(hd.mixers(model)) == [0, 2, 3] and hd.running_cost(model, 16)["cache_bytes"] > 0
     write = transformers.pipeline("text-generation", str(saved_student), trust_remote_code=True)
     text = write("a prompt", max_new_tokens=8, do_sample=False)[0]["generated_text"]
-    prompt = byte_tokenizer()("a prompt", return_tensors="pt")
+    prompt = hd.byte_tokenizer()("a prompt", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
-    assert text == byte_tokenizer().decode(written)
+    assert text == hd.byte_tokenizer().decode(written)
     for p in teacher.parameters():  # not the buffers, as in loading
         p.data = p.data.bfloat16()
     student, hybrid = make_student(teacher, [1]), hd.HYBRIDS[type(teacher)]
@@ -1132,7 +1131,7 @@ def test_the_readmes_whole_method_runs_and_its_lists_are_complete(tmp_path, monk
     right(example(1, 70, 1, 2, 16, 24), 1e-5, scope["torch_chunk_gated_delta_rule"])
 
 def test_needle_prompts_hold_their_answer_and_whole_answers_count(monkeypatch):
-    tokenizer, filler = byte_tokenizer(), tokens(4000).numpy()
+    tokenizer, filler = hd.byte_tokenizer(), tokens(4000).numpy()
     prompts, answers = hd.needle_prompts(tokenizer, filler, 4, 3, 900, hd.seeded("needle"))
     assert prompts.shape == (3, 900) and answers.shape == (3, 6)
     for prompt, answer in zip(map(tokenizer.decode, prompts), map(tokenizer.decode, answers)):
