@@ -20,4 +20,4 @@ def dry_run(s, teacher) -> str:
         row = {"stage": name, "tokens": total, "times": times, "tokens/s": round(speed)}
         rows.append(row | {"hours": times * total / speed / 3600, "GiB so far": peak / 2**30})
     hours = sum(row["hours"] for row in rows)
-    return f"{table(rows)}\nIn all {hours:.2g} hours, without evaluations; select: ga-s2."
+    return f"{table(rows)}\nIn all {hours:.2g} hours, without evaluations; selection by ga-s2."
