@@ -245,11 +245,12 @@ class Hybrid:
     def from_pretrained(cls, *args, output_loading_info=False, **options):
         model, info = super().from_pretrained(*args, output_loading_info=True, **options)
         wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        require(not wrong, f"{len(wrong)} weights are not those of the config, as {wrong[:1]}")
+        require(not wrong, f"{len(wrong)} weights are missing or not of the config: {wrong[:1]}")
         return (model, info) if output_loading_info else model
 
-    def generate(self, *args, **options):  # a paged cache would fail in a thread, unseen
-        require(options.get("cache_implementation") != "paged", "a hybrid has no paged cache")
+    def generate(self, *args, **options):
+        paged = options.get("cache_implementation") == "paged"  # it would fail in a thread, unseen
+        require(not paged, "a recurrent state is not cut in pages: no paged cache")
         return super().generate(*args, **options)
 
 HYBRIDS = {}  # the stock class -> its hybrid: LlamaForCausalLM -> HybridLlamaForCausalLM, ...
@@ -383,9 +384,9 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
     """-log p(label), as `kl_loss` in all else. labels [...], -100 where a token does not count."""
-    counted, label = labels != -100, labels.masked_fill(labels == -100, 0)
-    counted = counted if mask is None else mask * counted
-    return mean_of_rows(cross_entropy_rows, hidden, head, label, counted, chunk)
+    counted = labels != -100
+    label, mask = labels.masked_fill(~counted, 0), counted if mask is None else mask * counted
+    return mean_of_rows(cross_entropy_rows, hidden, head, label, mask, chunk)
 
 def mean_of_rows(rows, hidden, head, target, mask, chunk):
     """Mean over tokens of the loss that rows(logits [N, V], target [N, .], weights [N]) gives with
@@ -530,7 +531,7 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
 
 def back_propagate(trained, losses, tokens, micro_batch):
     """Gradients of a batch, micro_batch sequences at a time, half as many if memory runs out ->
-    ({name: loss}, micro_batch). Processes that train a model together take equal parts."""
+    ({name: loss as a tensor}, micro_batch). Processes that train together take equal parts."""
     some = trained[0]
     shared = isinstance(some, DTensor) or getattr(some, "is_replica", False)
     rank, world = rank_and_world() if shared else (0, 1)
@@ -695,8 +696,8 @@ def replaced(model, layers, output=lambda i, inputs, y: torch.zeros_like(y)):
 # ------------------------------------------------------------- stages 2 and 3: matching, finetuning
 
 class TeacherPass:
-    """tokens [B, T] -> the teacher's last hidden states [B, T, D], remembered in host memory (an
-    eighth of it, `room` bytes at most), as all candidates and rows see the same batches."""
+    """tokens [B, T] -> the teacher's last hidden states [B, T, D], in eval mode, remembered in host
+    memory (an eighth, `room` bytes at most), as all candidates and rows see the same batches."""
     def __init__(self, teacher, room=2**34):
         check_teacher(teacher)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -789,7 +790,7 @@ class Selection:
         keys = {name: f"{sorted(layers)} after {steps}" for name, layers in sets.items()}
         rank, world = (0, 1) if self.too_large else rank_and_world()
         new = [name for name in sets if keys[name] not in self.scores][rank::world]
-        for name in tqdm(new, "candidates", disable=rank > 0 or not new):
+        for name in tqdm(new, "candidates", disable=not new or rank_and_world()[0] > 0):
             torch.manual_seed(0)  # of dropout: it does not depend on the candidates before
             hybrid = restore_attention(self.student, self.teacher, sets[name])
             hybrid = shard(hybrid) if self.too_large else hybrid.to(self.teacher.device)
@@ -1018,8 +1019,7 @@ def load_tokens(s, tokenizer):
 def tokenised(s, files, tokenizer):
     """Yields the ids of text: documents in a seeded order, each closed with EOS."""
     kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    found = {glob.escape(str(f)): kinds.get(f.suffix.lower()) for f in files}
-    local = {file: kind for file, kind in found.items() if kind}
+    local = {glob.escape(str(f)): kind for f in files if (kind := kinds.get(f.suffix.lower()))}
     require(not (files and s.data_config), "--data-config is for a dataset of the hub")
     found = {*local.values()} or {s.data}
     require(len(found) == 1 and (local or not files), "local data are all .txt, .jsonl or .parquet")
@@ -1192,7 +1192,7 @@ def resolve(s, teacher) -> None:
     for name in [s.select, *(name for name in rows if name != "none")]:
         if name.partition(":")[0] == "published":
             known[name] = published_layers(name, k, s.teacher or "the embedded teacher")
-        require(name in known, f"--select and (no list) --baselines take {PLACES}, not {name!r}")
+        require(name in known, f"--select takes {PLACES}, --baselines all but a list, not {name!r}")
         s.placed[name] = known[name]
 
 @contextlib.contextmanager
@@ -1228,8 +1228,8 @@ def load_teacher(s):
             tokenizer = AutoTokenizer.from_pretrained(place)
         how = dict(dtype=s.dtype, output_loading_info=True)
         teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
-        wrong = *info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]
-        require(not wrong, f"{len(wrong)} of its weights are not those of its config: {wrong[:1]}")
+        wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        require(not wrong, f"{len(wrong)} weights are missing or not of its config: {wrong[:1]}")
         return teacher.to(s.device).eval(), tokenizer
 
 def key(*parts) -> str:
@@ -1304,7 +1304,7 @@ def write_report(s, report) -> str:
     base = f"base_model: {s.teacher}\n" if s.teacher and not Path(s.teacher).exists() else ""
     text = f"""---\nlibrary_name: transformers\n{base}---\n{rows}
 KL (nats), perplexity: test part; cost: tokens that candidates trained on. Every student had the
-same stages 2 and 3, and has its teacher's licence. path: of this folder; AutoTokenizer likewise.\n
+same stages 2 and 3, and has its teacher's licence. path is this folder, for AutoTokenizer, too.\n
 - load: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"""
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
     write(Path(s.out) / "report.md", text)

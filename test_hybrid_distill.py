@@ -116,7 +116,8 @@ rule, recurrent = kernels.chunk_gated_delta_rule, kernels.recurrent_gated_delta_
 torch_rule, example = kernels.torch_chunk_gated_delta_rule, kernels.example
 
 # Triton reads TRITON_INTERPRET when it is imported: these run in a process of their own
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="as above")
+here = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not here, reason="run by test_kernels_in_the_interpreter")
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter(request):
@@ -984,7 +985,7 @@ def test_a_dry_run_says_how_long_and_default_lengths_fit_the_teacher(folder, cap
 @parametrize("more,sentence", [
     ("--data=", "--teacher and --data go together"),
     ("--teacher= --data= --data-config x", "--data-config with them"),
-    ("--teacher torn", "2 of its weights are not those"),
+    ("--teacher torn", "2 weights are missing or not of"),
     ("--teacher mute", "cannot use --teacher mute on --device cpu: it has no tokenizer"),
     ("--teacher ./nowhere/at", "--teacher ./nowhere/at: no such file"),
     ("--data bad.txt", "cannot use --data bad.txt"),
@@ -1064,7 +1065,7 @@ def test_a_loaded_student_works_and_is_saved_again(saved_student, tmp_path):
         assert torch.equal(gates[n], m.get_parameter(n)), n
     state = {n.replace("0.self_attn.A_", "0.self_attn.a_"): p for n, p in weights(model).items()}
     model.save_pretrained(tmp_path, state_dict=state)
-    refused("2 weights are .*layers.0.self_attn.A_log", load, tmp_path, error=ValueError)
+    refused("2 weights are missing or .*layers.0.self_attn.A_log", load, tmp_path, error=ValueError)
 
 def test_compiled_in_one_graph_and_with_another_attention(saved_student):
     model, x, at = load(saved_student), tokens(1, 20), torch.arange(20)[None]
