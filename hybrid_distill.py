@@ -790,7 +790,7 @@ class Selection:
         keys = {name: f"{sorted(layers)} after {steps}" for name, layers in sets.items()}
         rank, world = (0, 1) if self.too_large else rank_and_world()
         new = [name for name in sets if keys[name] not in self.scores][rank::world]
-        for name in tqdm(new, "candidates", disable=not new or rank_and_world()[0] > 0):
+        for name in tqdm(new, "candidates", leave=False, disable=rank_and_world()[0] > 0):
             torch.manual_seed(0)  # of dropout: it does not depend on the candidates before
             hybrid = restore_attention(self.student, self.teacher, sets[name])
             hybrid = shard(hybrid) if self.too_large else hybrid.to(self.teacher.device)

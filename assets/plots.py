@@ -363,18 +363,20 @@ def readme(runs, k=8):
     left.set(xlabel="test KL to the teacher (nats)", xlim=(0, 1.75 * worst),
              ylim=(len(rows) - 0.5, -0.5), title=f"{k} of 30 layers stay softmax: who chooses them")
     lengths, ends = (512, 1024, 2048, 4096), {}
-    named = [name for name in ("teacher", "gates", "ga-s2", "centred", "all-linear")
+    named = [name for name in ("teacher", "ga-s2", "gates", "centred", "all-linear")
              if name == "teacher" or name in rows]
     for name in named:
         found = [100 * statistics.median(
             (row["needles"][f"1 in {length}"] + row["needles"][f"4 in {length}"]) / 2
             for row in known[name]) for length in lengths]
-        right.plot(range(len(lengths)), found, clip_on=False, **style(name))
-        ends[name] = found[-1]
+        right.plot(range(len(lengths)), found, clip_on=False, **style(name),
+                   markersize=9 if name == "ga-s2" else 6)
+        ends[name] = found[::-1]
     low = -10
     for name, end in sorted(ends.items(), key=lambda item: item[1]):  # labels do not overlap
-        low = max(end, low + 5)
-        right.annotate(name, (len(lengths) - 1, low), (8, -3), textcoords="offset points")
+        low = max(end[0], low + 5)
+        right.annotate(name, (len(lengths) - 1, low), (8, -3), textcoords="offset points",
+                       color=style(name)["color"])
     right.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     right.set(xlabel="tokens of context", ylabel="needles found (%)", ylim=(-2, 100),
               xlim=(0, len(lengths) - 0.2), title="numbers hidden in a text, found again")
