@@ -139,7 +139,7 @@ def chunks(weights, C):
     for n in range(1, count):
         right.axhline(n * C - 0.5, color="0.6", linewidth=0.7)
         right.axvline(n * C - 0.5, color="0.6", linewidth=0.7)
-    right.set(xlabel="is read (token)", title="the same, of a random sequence")
+    right.set(xlabel="is read (token)", title="weights of a random sequence")
     right.figure.colorbar(image, ax=right, label="weight of $v_s$ in $o_t$")
     for ax in (left, right):
         at = range(0, T, C)
