@@ -83,12 +83,12 @@ class Mixer(nn.Module):
     Another mixer is a subclass in this file, named in MIXERS, with
     add_gates(D, std, **to)   its parameters, std: of new matrices; constants as persistent buffers
     gates(x, q, k, v)         x [B, T, D], others [B, T, H, Dh] -> q, k, v, log-decay [B, T, H, ...]
-                              and what else is written to the state; 0 on padding, but for q
+                              and what else is written; then all but q is set to 0 on padding
     chunk(q, k, v, *gates, initial_state=, output_final_state=) -> o [B, T, H, Dh], S; static; it
                               scales q and takes a log-decay of -inf, where a sequence begins
-    step                      if one token can be had faster: as in GatedDeltaNet
+    step                      if one token can be had faster: all up to W_o, as in GatedDeltaNet
     """
-    fp32 = ()  # names of parameters that stay fp32 whatever the model is
+    fp32 = ()  # names of parameters and buffers that stay fp32, whatever the model is
 
     @torch.no_grad()
     def __init__(self, attn):
@@ -116,10 +116,10 @@ class Mixer(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
         v, gate = self.v_proj(x).unflatten(-1, heads), self.g_proj(x).unflatten(-1, heads)
-        real = None if padding_mask is None else padding_mask[:, -T:]
         cache = next((c for c in others.values() if "Cache" in type(c).__name__), None)
         state = None if cache is None else recurrent_state(cache, self.layer_idx)
-        S = state and state.keys
+        S, columns = state and state.keys, slice(-T, None) if state and state.seen else slice(T)
+        real = None if padding_mask is None else padding_mask[:, columns]
         if state and T == 1 and hasattr(self, "step") and not torch.is_grad_enabled():
             o, S = self.step(x, q, k, v, gate, S, None if real is None else real[:, 0])
         else:
@@ -384,9 +384,9 @@ def kl_loss(student_hidden, student_head, teacher_hidden, teacher_head, mask=Non
 
 def cross_entropy_loss(hidden, head, labels, mask=None, chunk=1024):
     """-log p(label), as `kl_loss` in all else. labels [...], -100 where a token does not count."""
-    counted = labels != -100
-    label, mask = labels.masked_fill(~counted, 0), counted if mask is None else mask * counted
-    return mean_of_rows(cross_entropy_rows, hidden, head, label, mask, chunk)
+    skip = labels == -100
+    mask = ~skip if mask is None else mask.clone().masked_fill_(skip, 0)
+    return mean_of_rows(cross_entropy_rows, hidden, head, labels.masked_fill(skip, 0), mask, chunk)
 
 def mean_of_rows(rows, hidden, head, target, mask, chunk):
     """Mean over tokens of the loss that rows(logits [N, V], target [N, .], weights [N]) gives with
@@ -564,6 +564,7 @@ def back_propagate(trained, losses, tokens, micro_batch):
 def parameter_groups(model, lr: float, rest_lr: float) -> list[dict]:
     """AdamW's groups: attention at lr, the rest at rest_lr (0: left out). Weight decay 0.01 on
     matrices, none on A_log, dt_bias, norms and biases: decay pulls gates to 0."""
+    require(lr >= 0 <= rest_lr, f"learning rates are at least 0, not {lr} and {rest_lr}")
     groups = {}
     for name, p in model.named_parameters():
         rate = lr if ".self_attn." in name else rest_lr
@@ -598,8 +599,7 @@ def load(folder, model, optimizer, steps: int) -> list[dict]:
     state = state_of(model, optimizer if step < steps else None)
     dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}", no_dist=True)
     torch.set_rng_state(state["random"])
-    rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(row) for row in rows[:step]]
+    return [*map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()[:step])]
 
 def write(path, content) -> None:
     """Text, or an array as .npy, in a file that is written completely or not at all."""
@@ -659,6 +659,7 @@ def align_hidden_states(student, teacher, batches, steps, lr=1e-3, final_lr=1e-5
     with x_l from one pass of the *teacher*: its output, not the mixer's, feeds the next layer. The
     history has a loss a layer ("layer 3"). how: micro_batch, folder, as in `train`."""
     ours, warmup, floor = mixers(student), min(50, steps // 10), final_lr / lr
+    teacher.eval()
 
     def losses(tokens):
         seen = {}  # {layer: (x_l, y_l)}, [B, T, D] each
@@ -767,7 +768,7 @@ class Selection:
     batches: object  # that candidates train on: [B, T] each, a list or a function of the step
     validation: dict  # {kind: [tokens [B, T], ...]} that scores them; never trained on
     k: int  # layers to keep
-    budget: Budget  # of a candidate: steps, lr, rest_lr
+    budget: Budget  # of a candidate
     history: list = ()  # of stage 1, for ga-s1
     recall: object = None  # model -> its accuracy, for ar
     file: Path | None = None  # remembers scores in files of this name, for all else the same
@@ -1102,7 +1103,7 @@ class Budget:
     rest_lr: float = 0.0
 
     def __post_init__(self):
-        right = min(self.tokens, self.batch, self.length - 7, self.lr) > 0 <= self.rest_lr
+        right = min(self.lr, self.tokens, self.batch, self.length - 7) > 0 <= self.rest_lr
         require(right, f"a stage needs tokens, a batch, length > 7, lr > 0, rest_lr >= 0: {self}")
         self.tokens = max(self.tokens, self.batch * self.length)  # a step at least
         self.steps = self.tokens // (self.batch * self.length)
@@ -1276,8 +1277,7 @@ def run(s, teacher, tokenizer, corpus) -> dict:
         if layers is None:
             layers = select_layers(x, name, s.select_first.steps)[:k]
         if name != "teacher":
-            model = restore_attention(student, teacher, layers)
-            after = aligned, sorted(layers)
+            model, after = restore_attention(student, teacher, layers), (aligned, sorted(layers))
             after = train_stage("distill", after, model, teach, rest_lr=b["distill"].rest_lr)
             train_stage("finetune", after, model)
             to_teachers_dtype(model).to(s.device)

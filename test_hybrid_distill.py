@@ -189,8 +189,7 @@ def test_interpreted_triton_packed_in_fp16_of_nan_in_autocast_checkpoints_and_co
     same(compiled(*inputs)[0], o)
     with torch.autocast("cpu", fp16):  # the interpreter has no bf16 products
         half, S = run(*inputs)
-    assert half.dtype == fp16 and S.dtype == fp32
-    assert float((half - o).norm() / o.norm()) < 2e-2
+    assert half.dtype == fp16 and S.dtype == fp32 and (half - o).norm() < 2e-2 * o.norm()
     for wrapped in (partial(checkpoint, run, use_reentrant=False), compiled):
         assert all(map(torch.equal, gradients(wrapped, inputs), gradients(run, inputs)))
 
@@ -444,8 +443,8 @@ def test_cache_padding_and_generation_agree_with_the_full_forward(family, mixer,
     cache.reset()
     assert not any(cache.layers[i].get_seq_length() for i in hd.mixers(student))
     for real in (1 + torch.arange(23) // 5, 255, -1, 0.5, True):  # any number that is not 0
-        masked = student(x, attention_mask=mask * real, position_ids=positions)
-        assert torch.equal(masked.logits, padded)
+        wide = F.pad(mask * real, (0, 2))  # what is beyond the tokens is not read
+        assert torch.equal(student(x, attention_mask=wide, position_ids=positions).logits, padded)
     how = dict(max_new_tokens=8, **GREEDY)
     one, use, write = x[:1, 12:], (True, False), student.generate
     alone, uncached = (write(one, use_cache=cached, **how)[0] for cached in use)
@@ -523,6 +522,7 @@ def test_chunked_losses_match_the_plain_formulas(chunk, dtype, tolerance):
     wrong("of the same tokens", hd.kl_loss, h_s, w_s, h_t, w_t, torch.ones(3, 12))
     wrong("of the same tokens", hd.cross_entropy_loss, h_s, w_s, labels[:, 1:])
     wrong("of the same tokens", hd.kl_loss, h_s[:, :9], w_s, h_t, w_t)
+    refused("shape", hd.cross_entropy_loss, h_s, w_s, labels, mask[0], error=RuntimeError)
 
 @parametrize("loss", [hd.kl_loss, hd.cross_entropy_loss])
 def test_a_loss_under_a_bf16_default_dtype_and_in_fp16_with_a_loss_scale(loss):
@@ -566,7 +566,7 @@ def stage(name, teacher, steps=3, batches=batches, **how):
 
 @torch.no_grad()
 def test_stage_1_trains_the_mixers_alone_on_the_teachers_inputs(watch):
-    teacher, x, y, wanted, slopes = make_teacher(), tokens(4, 16), [], {}, []
+    teacher, x, y, wanted, slopes = make_teacher().train(), tokens(4, 16), [], {}, []
     student = make_student(teacher, [2])
     for layer in teacher.model.layers:
         layer.self_attn.register_forward_hook(lambda *args: y.append(args[2][0]))
@@ -581,7 +581,7 @@ def test_stage_1_trains_the_mixers_alone_on_the_teachers_inputs(watch):
     with torch.enable_grad():
         history = hd.align_hidden_states(student, teacher, [x] * 30, 30, 3e-3)
     assert {name: history[0][name] for name in wanted} == approx(wanted, rel=1e-5)
-    assert history[0]["loss"] == approx(sum(wanted.values()) / 3)
+    assert history[0]["loss"] == approx(sum(wanted.values()) / 3) and not teacher.training
     assert history[0]["gradient_norm"] == approx(float(torch.cat(slopes).norm()), rel=1e-4)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     for name, p in student.named_parameters():
@@ -652,8 +652,7 @@ def test_what_the_user_froze_stays_frozen_and_what_a_stage_freezes_does_not():
 
 @parametrize("name", STAGES)
 def test_a_bf16_teachers_student_trains_in_fp32_and_comes_back(name, watch):
-    teacher = make_teacher("qwen3").bfloat16()
-    dtypes = lambda tensors: {x.dtype for x in tensors}
+    teacher, dtypes = make_teacher("qwen3").bfloat16(), lambda tensors: {x.dtype for x in tensors}
     teacher.config.dtype = bf16  # as `from_pretrained` leaves it
     during = watch(hd.GatedDeltaNet, "forward", lambda self, *_, **how: dtypes(self.parameters()))
     # q_norm and k_norm give fp32, which would slow the kernel
@@ -699,6 +698,7 @@ def test_a_gradient_that_is_not_finite_stops_before_its_step(loss):
         seen.append(weights(model))
         x = model(torch.ones(2)).square().sum()
         yield "bad", loss(0 * x) if len(seen) == 3 else x, 1.0
+    refused("rates are at least 0", hd.train, model, (0.1, -1), losses, batches, 4)
     call = hd.train, model, (0.1, 0.1), losses, batches, 4
     refused("step 3 of 4: the gradient is (nan|inf), l", *call, error=FloatingPointError)
     assert len(seen) == 3 and equal(weights(model), seen[2]) and not equal(seen[1], seen[2])
@@ -996,7 +996,7 @@ def test_a_dry_run_says_how_long_and_default_lengths_fit_the_teacher(folder, cap
     ("--distill-length 2049", "--distill-length: at most the teacher's 2048"),
     *[(f"--data {n}.npy", "a row of integers below 384") for n in range(5)],
     ("--held-out 5000", "part has"), ("--held-out 0", "--held-out must be at least 1"),
-    ("--align-lr 0", "lr > 0"), ("--distill-rest-lr -1", "rest_lr >= 0"),
+    ("--align-lr 0", "lr > 0"), ("--align-lr nan", "lr > 0"), ("--distill-rest-lr -1", "rest_lr"),
     ("--device abacus", "on --device abacus: "), ("--softmax-layers 5", "not 5"),
     ("--select 1,2", "--select lists 2 layers, not 1"), ("--select published", "by ga"),
     ("--baselines mid", "not 'mid'"), ("--out bad.txt", "cannot write in --out bad.txt"),
