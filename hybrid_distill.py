@@ -324,6 +324,8 @@ def autocast(model):
 
 def last_hidden(model, tokens):
     """tokens [B, T], anywhere -> what goes into the LM head, [B, T, D], in product_dtype(model)."""
+    T, most = tokens.shape[1], model.config.max_position_embeddings
+    require(T <= most, f"a sequence has {T} tokens, the model positions for {most}: give less")
     with autocast(model):
         tokens = tokens.to(model.device, non_blocking=True)
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -893,8 +895,7 @@ def gates(x, lr=0.1, pull=0.5):
         yield "kl", kl_to_teacher(student, x.teach, tokens), 1.0
         yield "gates", theta.sigmoid().mean(), pull
 
-    # Adam's first steps are as long for every gate: they need many to part.
-    steps = max(100, x.steps)
+    steps = max(100, x.steps)  # Adam's first steps are as long for every gate: they part late
     if (name := f"gates {lr} {pull} after {steps}") not in x.scores:
         model = nn.ParameterList([theta])
         with replaced(student, x.layers, mixed):
@@ -1354,8 +1355,7 @@ def main(argv=None) -> int:
     return code
 
 if __name__ == "__main__":
-    # Not as __main__: a saved student must be able to say which file its class is in.
-    code = importlib.import_module("hybrid_distill").main()
+    code = importlib.import_module("hybrid_distill").main()  # a saved student must name its file
     sys.stdout.flush()
     if "WORLD_SIZE" in os.environ:
         os._exit(code)  # the threads behind torch.distributed may abort an orderly end

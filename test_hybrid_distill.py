@@ -787,9 +787,8 @@ def test_evaluation_has_no_dropout_is_a_mean_over_tokens_and_runs_the_teacher_on
     hybrid.model.layers[1].self_attn.attention_dropout = 0.5
     found = hd.evaluate(hybrid, teach, parts)
     assert hybrid.training and not teacher.training
-    hybrid.eval()
     for kind, x in [(kind, x) for kind in parts for x in parts[kind]]:
-        log_p_s, log_p_t = (m(x).logits.detach().log_softmax(-1) for m in (hybrid, teacher))
+        log_p_s, log_p_t = (m(x).logits.detach().log_softmax(-1) for m in (hybrid.eval(), teacher))
         sums[kind] += float((log_p_t.exp() * (log_p_t - log_p_s)).sum())
         if kind == "text":  # of each sequence the mean over T - 1 next tokens, by its T tokens
             sums["ce"] -= float(log_p_s[:, :-1].gather(-1, x[:, 1:, None]).mean()) * x.numel()
@@ -799,6 +798,7 @@ def test_evaluation_has_no_dropout_is_a_mean_over_tokens_and_runs_the_teacher_on
     assert {*hd.evaluate(hybrid, teach, {"recall": parts["recall"]})} == {"kl", "kl_recall"}
     hybrid.lm_head.weight.data[0] = math.nan  # as a last step may leave it
     refused("KL is nan: lower", hd.evaluate, hybrid, teach, parts, error=FloatingPointError)
+    refused("has 5000 tokens, the model positions for", teach, tokens(1, 5000))
     runs, teach = watch(hd, "last_hidden"), hd.TeacherPass(teacher, room=2 * 4 * 16 * 32 * 4)
     for step, hidden in [(step, teach(batches(step))) for step in (0, 1, 0, 1, 2, 2)]:
         same(teacher.lm_head(hidden), teacher(batches(step)).logits)  # while there is room
