@@ -325,7 +325,7 @@ def autocast(model):
 def last_hidden(model, tokens):
     """tokens [B, T], anywhere -> what goes into the LM head, [B, T, D], in product_dtype(model)."""
     T, most = tokens.shape[1], model.config.max_position_embeddings
-    require(T <= most, f"a sequence has {T} tokens, the model positions for {most}: give less")
+    require(T <= most, f"a sequence has {T} tokens, the model takes {most} at most")
     with autocast(model):
         tokens = tokens.to(model.device, non_blocking=True)
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -1355,7 +1355,7 @@ def main(argv=None) -> int:
     return code
 
 if __name__ == "__main__":
-    code = importlib.import_module("hybrid_distill").main()  # a saved student must name its file
+    code = importlib.import_module("hybrid_distill").main()  # a saved student names this module
     sys.stdout.flush()
     if "WORLD_SIZE" in os.environ:
         os._exit(code)  # the threads behind torch.distributed may abort an orderly end
