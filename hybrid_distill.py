@@ -109,9 +109,9 @@ class Mixer(nn.Module):
         self.o_norm = nn.Parameter(torch.ones(Dh, **to))
 
     def forward(self, hidden_states, padding_mask=None, sequence_starts=None, **others):
-        """[B, T, D] -> ([B, T, D], None). padding_mask [B, >= T]: True on real tokens;
-        sequence_starts [B or 1, T]: True where another sequence of a packed row begins; others: all
-        that transformers hands to a self_attn, with a cache whose name depends on its version."""
+        """[B, T, D] -> ([B, T, D], None). padding_mask [B, >= T]: True on real tokens, of which the
+        last T columns count behind a cache, else the first; sequence_starts [B or 1, T]: True where
+        a packed sequence begins; others: a cache by any name, and what else self_attn is handed."""
         x, T, heads = hidden_states, hidden_states.shape[1], (self.num_heads, self.head_dim)
         q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
@@ -490,8 +490,7 @@ def train(model, rates, losses, batches, steps, *, schedule=None, micro_batch=No
     what is frozen stays so. losses(tokens) gives (name, loss, factor), back-propagated one by one.
     batches: tokens [B, T], a list or a function of the step. schedule(step): a factor on the rates.
     micro_batch: sequences at a time, halved when GPU memory runs out. folder: of saves, each minute
-    and at the end; the same call (unchecked) resumes. FloatingPointError for a gradient not
-    finite."""
+    and at the end; the same call (unchecked) resumes. FloatingPointError: a gradient not finite."""
     groups = parameter_groups(model, *rates)
     trained = [p for group in groups for p in group["params"]]
     require(trained, "nothing to train: all is frozen, or no layer is linear")
@@ -601,7 +600,8 @@ def load(folder, model, optimizer, steps: int) -> list[dict]:
     state = state_of(model, optimizer if step < steps else None)
     dcp.load(state, checkpoint_id=Path(folder) / f"step-{step}", no_dist=True)
     torch.set_rng_state(state["random"])
-    return [*map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()[:step])]
+    rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row) for row in rows[:step]]
 
 def write(path, content) -> None:
     """Text, or an array as .npy, in a file that is written completely or not at all."""

@@ -996,11 +996,11 @@ def test_a_dry_run_says_how_long_and_default_lengths_fit_the_teacher(folder, cap
     ("--distill-length 2049", "--distill-length: at most the teacher's 2048"),
     *[(f"--data {n}.npy", "a row of integers below 384") for n in range(5)],
     ("--held-out 5000", "part has"), ("--held-out 0", "--held-out must be at least 1"),
-    ("--align-lr 0", "lr > 0"), ("--align-lr nan", "lr > 0"), ("--distill-rest-lr -1", "rest_lr"),
+    ("--align-lr 0", "lr > 0"), ("--distill-rest-lr -1", "rest_lr >= 0"),
     ("--device abacus", "on --device abacus: "), ("--softmax-layers 5", "not 5"),
     ("--select 1,2", "--select lists 2 layers, not 1"), ("--select published", "by ga"),
     ("--baselines mid", "not 'mid'"), ("--out bad.txt", "cannot write in --out bad.txt"),
-    ("", "is in use by another process"),
+    ("", "is in use by another process"), ("--align-lr nan", "lr > 0"),
 ])  # fmt: skip
 def test_wrong_input_gets_one_sentence(more, sentence, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
