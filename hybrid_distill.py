@@ -1324,6 +1324,7 @@ def table(rows: list[dict]) -> str:
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "torch.distributed is disabled|.*checkpointing_enable")
+    torch._inductor.config.compile_threads = 1  # two functions, done before a pool has started
     s = parse(argv)
     if "WORLD_SIZE" in os.environ:  # by torchrun: a GPU for each process, or all on the CPU
         if cuda := s.device.startswith("cuda"):

@@ -45,7 +45,7 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-    jit = triton.jit(do_not_specialize=["tokens", "stride", "real"])  # as they vary by the token
+    jit = triton.jit(do_not_specialize=["tokens", "rows", "stride", "real"])  # they vary by the call
 except ImportError:  # no Triton here: the PyTorch backend alone
     triton, constexpr, jit = None, None, lambda function: function
 
@@ -191,17 +191,15 @@ def torch_chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=Non
 # |q| and |k| are factors of rows: applied behind a product, never to q and k themselves.
 
 @jit
-def walk(S0, tokens, HV: constexpr, DK: constexpr, DV: constexpr, BK: constexpr, BV: constexpr,
-         C: constexpr):  # fmt: skip
-    """This program's state S0 (or zero), its first column, number, head; first token, length and
-    first chunk of its sequence. One axis of the grid for all of them: a second ends at 65,535."""
+def walk(S0, rows, tokens, HV: constexpr, DK: constexpr, DV: constexpr, BK: constexpr,
+         BV: constexpr, C: constexpr):  # fmt: skip
+    """This program's state S0 (rows = Dk; 0: it is zero), its first column, number, head; first
+    token, length and first chunk of its sequence. One axis of the grid: a second ends at 65,535."""
     tiles: tl.constexpr = (DV + BV - 1) // BV
     state = (tl.program_id(0) // tiles).to(tl.int64)
     v0, s, h = tl.program_id(0) % tiles * BV, state // HV, state % HV
     start, length, first = s * tokens, tokens.to(tl.int64), s * tl.cdiv(tokens, C)
-    S = tl.zeros([BK, BV], tl.float32)
-    if S0 is not None:
-        S += load_tile(S0 + state * DK * DV, DK, v0, DV, DV, BK, BV)
+    S = load_tile(S0 + state * DK * DV, rows, v0, DV, DV, BK, BV)
     return S, v0, state, h, start, length, first
 
 @jit
@@ -330,13 +328,13 @@ def prepare_kernel(q, k, g, beta, NP, factors, tokens, scale, H: constexpr, HV: 
     store_tile(NP + 2 * chunk * C * C, bN, C, 0, C, C)
 
 @jit
-def forward_kernel(q, k, v, NP, factors, S0, o, S_out, error, states, tokens, H: constexpr,
+def forward_kernel(q, k, v, NP, factors, S0, rows, o, S_out, error, states, tokens, H: constexpr,
                    HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr,
                    BV: constexpr):  # fmt: skip
     """The walk over the chunks of one sequence; nothing but the state is carried.
     Grid (Dv / BV * sequences * HV): columns of S never meet. Writes o and the final state; for a
     backward pass also the error V~ and states [chunks, HV, Dk, Dv], S_0 of each chunk."""
-    S, v0, state, h, start, length, first = walk(S0, tokens, HV, DK, DV, BK, BV, C)
+    S, v0, state, h, start, length, first = walk(S0, rows, tokens, HV, DK, DV, BK, BV, C)
     dt = k.dtype.element_ty
     for n in range(tl.cdiv(length, C)):
         token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
@@ -362,12 +360,12 @@ def forward_kernel(q, k, v, NP, factors, S0, o, S_out, error, states, tokens, H:
     store_tile(S_out + state * DK * DV, S, DK, v0, DV, DV)
 
 @jit
-def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, tokens, H: constexpr,
-                          HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr,
-                          BV: constexpr):  # fmt: skip
+def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, rows, tokens,
+                          H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr,
+                          BK: constexpr, BV: constexpr):  # fmt: skip
     """The walk back over the chunks. Grid (Dv / BV * sequences * HV). Writes X, the gradient
-    dstates of the state at the end of each chunk, and that of the initial state if there is one."""
-    dS, v0, state, h, start, length, first = walk(dS_out, tokens, HV, DK, DV, BK, BV, C)
+    dstates of the state at the end of each chunk, and, if rows is Dk, that of the initial state."""
+    dS, v0, state, h, start, length, first = walk(dS_out, DK, tokens, HV, DK, DV, BK, BV, C)
     dt = k.dtype.element_ty
     for m in range(tl.cdiv(length, C)):
         n = tl.cdiv(length, C) - 1 - m
@@ -388,8 +386,7 @@ def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, tokens
         dS *= gamma_C
         dS = dot(tl.trans(bq), (fq[:, None] * bdo).to(dt), dS)
         dS = dot(tl.trans(bk), (-(b * fk)[:, None] * bX).to(dt), dS)
-    if dS0 is not None:
-        store_tile(dS0 + state * DK * DV, dS, DK, v0, DV, DV)
+    store_tile(dS0 + state * DK * DV, dS, rows, v0, DV, DV)
 
 @jit
 def backward_chunk_kernel(q, k, g, factors, do, error, X, states, dstates, dq, dk, dv, dg, dbeta,
@@ -536,10 +533,11 @@ def launch_forward(inputs, S0, scale, norm, keep, launch=True):
     if launch:
         how, walks, _ = tiles(H, HV, Dk, Dv, C, q.dtype, q.device)
         grid = (-(-Dv // walks["BV"]) * B * HV,)
+        begins = (S, 0) if S0 is None else (S0, Dk)  # with no rows it is not read
         writes = o, S, *(kept or (None, None))
         with torch.cuda.device_of(q):
             prepare_kernel[count, HV](q, k, g, beta, NP, factors, T, scale, NORM=norm, **how)
-            forward_kernel[grid](q, k, v, NP, factors, S0, *writes, T, **walks)
+            forward_kernel[grid](q, k, v, NP, factors, *begins, *writes, T, **walks)
     return [o, S, NP, factors, *kept]
 
 def launch_backward(inputs, dS, scale, norm, count, launch=True):
@@ -553,7 +551,7 @@ def launch_backward(inputs, dS, scale, norm, count, launch=True):
     if launch:
         _, walks, how = tiles(H, HV, Dk, Dv, NP.shape[-1], q.dtype, q.device)
         grid = (-(-Dv // walks["BV"]) * B * HV,)
-        last = dS0 if count else None, T
+        last = dS0, Dk if count else 0, T
         reads, writes = (q, k, g, factors, do, error, X, states, dstates), (dq, dk, dv, dg, dbeta)
         with torch.cuda.device_of(q):
             backward_state_kernel[grid](q, k, NP, factors, do, dS, X, dstates, *last, **walks)
@@ -629,7 +627,8 @@ def everything(rule, inputs, **options):
 def one_token(q, k, v, g, beta, S):
     """Arguments of gated_delta_step, made of an example; its S^T S is square, and not in tf32."""
     v, a, b, S = v[:, :1], g[:, :1], beta[:, :1], (S.double().mT @ S.double()).to(S.dtype)
-    return v.roll(1, -1), v.flip(-1), v, a, b, v.roll(2, -1), b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S
+    x = v.roll(1, -1), v.flip(-1), v, v[..., 0], v[..., -1], v.roll(2, -1)
+    return *x, b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S
 
 def errors(rule, inputs, **options):
     """-> relative RMS errors (NAMES) of everything(rule) and Triton's step against fp64. What may
