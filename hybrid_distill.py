@@ -1342,8 +1342,7 @@ def main(argv=None) -> int:
                 lock.acquire()
             corpus = EmbeddedCorpus(s.seed)
             if s.data:
-                ids = load_tokens(s, tokenizer)
-                corpus = Corpus(ids, s.held_out_tokens, s.seed, tokenizer)
+                corpus = Corpus(load_tokens(s, tokenizer), s.held_out_tokens, s.seed, tokenizer)
             report = run(s, teacher, tokenizer, corpus)
             said = gather(write_report(s, report) if rank == 0 else None)[0]
     except KeyboardInterrupt:

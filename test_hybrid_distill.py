@@ -286,10 +286,10 @@ def launches(monkeypatch, Dk, Dv, dtype, B=1, device="cpu"):
     monkeypatch.setattr(type(kernels.step_kernel), "__getitem__", note)
     q, v = (torch.zeros(B, 70, *n, dtype=dtype, device=device) for n in ((2, Dk), (4, Dv)))
     g, S = torch.zeros(B, 70, 4, device=device), torch.zeros(B, 4, Dk, Dv, device=device)
-    x, real = (q, q, v, g, g), torch.ones(B, dtype=torch.int64, device=device)
+    x = q, q, v, g, g
     o, _, *kept = kernels.launch_forward(x, S, 1.0, True, True)
     kernels.launch_backward((q, q, g, *kept, o), S, 1.0, True, B)
-    kernels.triton_gated_delta_step(*kernels.one_token(*x, S), real)
+    kernels.triton_gated_delta_step(*kernels.one_token(*x, S))
     monkeypatch.undo()
     return found
 
