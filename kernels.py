@@ -45,7 +45,7 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-    jit = triton.jit(do_not_specialize=["tokens", "rows", "stride", "real"])  # they vary by the call
+    jit = triton.jit(do_not_specialize=["tokens", "rows", "stride", "real"])  # they vary by call
 except ImportError:  # no Triton here: the PyTorch backend alone
     triton, constexpr, jit = None, None, lambda function: function
 
