@@ -356,7 +356,7 @@ def readme(runs, k=8):
         needles = statistics.median(row["recall"] for row in tries)
         left.annotate(f"{middle:.3f} nats, {100 * needles:.0f} % of needles", (max(kl), y), (9, 0),
                       textcoords="offset points", va="center", fontsize=8)
-    count = {name: f"{name} ({len(tries)} runs)" if len(tries) > 1 else name
+    count = {name: f"{name} ({len(tries)} seeds)" if len(tries) > 1 else name
              for name, tries in rows.items()}
     left.set_yticks(range(len(rows)), [count[name] for name in rows])
     worst = max(row["kl"] for tries in rows.values() for row in tries)
