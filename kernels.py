@@ -45,7 +45,7 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-    jit = triton.jit(do_not_specialize=["tokens", "rows", "stride", "real"])  # they vary by call
+    jit = triton.jit(do_not_specialize=["tokens", "S_rows", "stride", "real"])  # they vary by call
 except ImportError:  # no Triton here: the PyTorch backend alone
     triton, constexpr, jit = None, None, lambda function: function
 
@@ -191,15 +191,15 @@ def torch_chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=Non
 # |q| and |k| are factors of rows: applied behind a product, never to q and k themselves.
 
 @jit
-def walk(S0, rows, tokens, HV: constexpr, DK: constexpr, DV: constexpr, BK: constexpr,
+def walk(S0, S_rows, tokens, HV: constexpr, DK: constexpr, DV: constexpr, BK: constexpr,
          BV: constexpr, C: constexpr):  # fmt: skip
-    """This program's state S0 (rows = Dk; 0: it is zero), its first column, number, head; first
+    """This program's state S0 (zero if S_rows is 0, not Dk), its first column, number, head; first
     token, length and first chunk of its sequence. One axis of the grid: a second ends at 65,535."""
     tiles: tl.constexpr = (DV + BV - 1) // BV
     state = (tl.program_id(0) // tiles).to(tl.int64)
     v0, s, h = tl.program_id(0) % tiles * BV, state // HV, state % HV
     start, length, first = s * tokens, tokens.to(tl.int64), s * tl.cdiv(tokens, C)
-    S = load_tile(S0 + state * DK * DV, rows, v0, DV, DV, BK, BV)
+    S = load_tile(S0 + state * DK * DV, S_rows, v0, DV, DV, BK, BV)
     return S, v0, state, h, start, length, first
 
 @jit
@@ -328,13 +328,13 @@ def prepare_kernel(q, k, g, beta, NP, factors, tokens, scale, H: constexpr, HV: 
     store_tile(NP + 2 * chunk * C * C, bN, C, 0, C, C)
 
 @jit
-def forward_kernel(q, k, v, NP, factors, S0, rows, o, S_out, error, states, tokens, H: constexpr,
-                   HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr, BK: constexpr,
-                   BV: constexpr):  # fmt: skip
+def forward_kernel(q, k, v, NP, factors, S0, S_rows, o, S_out, error, states, tokens,
+                   H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr,
+                   BK: constexpr, BV: constexpr):  # fmt: skip
     """The walk over the chunks of one sequence; nothing but the state is carried.
-    Grid (Dv / BV * sequences * HV): columns of S never meet. Writes o and the final state; for a
-    backward pass also the error V~ and states [chunks, HV, Dk, Dv], S_0 of each chunk."""
-    S, v0, state, h, start, length, first = walk(S0, rows, tokens, HV, DK, DV, BK, BV, C)
+    Grid (ceil(Dv / BV) * sequences * HV): columns of S never meet. Writes o and the final state;
+    for a backward pass also the error V~ and states [chunks, HV, Dk, Dv], S_0 of each chunk."""
+    S, v0, state, h, start, length, first = walk(S0, S_rows, tokens, HV, DK, DV, BK, BV, C)
     dt = k.dtype.element_ty
     for n in range(tl.cdiv(length, C)):
         token, left, chunk = start + n * C, length - n * C, (first + n) * HV + h
@@ -360,11 +360,11 @@ def forward_kernel(q, k, v, NP, factors, S0, rows, o, S_out, error, states, toke
     store_tile(S_out + state * DK * DV, S, DK, v0, DV, DV)
 
 @jit
-def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, rows, tokens,
+def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, S_rows, tokens,
                           H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr, C: constexpr,
                           BK: constexpr, BV: constexpr):  # fmt: skip
-    """The walk back over the chunks. Grid (Dv / BV * sequences * HV). Writes X, the gradient
-    dstates of the state at the end of each chunk, and, if rows is Dk, that of the initial state."""
+    """The walk back over the chunks, with the same grid. Writes X, the gradient dstates of the
+    state at the end of each chunk, and, if S_rows is Dk and not 0, that of the initial state."""
     dS, v0, state, h, start, length, first = walk(dS_out, DK, tokens, HV, DK, DV, BK, BV, C)
     dt = k.dtype.element_ty
     for m in range(tl.cdiv(length, C)):
@@ -386,13 +386,14 @@ def backward_state_kernel(q, k, NP, factors, do, dS_out, X, dstates, dS0, rows, 
         dS *= gamma_C
         dS = dot(tl.trans(bq), (fq[:, None] * bdo).to(dt), dS)
         dS = dot(tl.trans(bk), (-(b * fk)[:, None] * bX).to(dt), dS)
-    store_tile(dS0 + state * DK * DV, dS, rows, v0, DV, DV)
+    store_tile(dS0 + state * DK * DV, dS, S_rows, v0, DV, DV)
 
 @jit
 def backward_chunk_kernel(q, k, g, factors, do, error, X, states, dstates, dq, dk, dv, dg, dbeta,
                           tokens, scale, H: constexpr, HV: constexpr, DK: constexpr, DV: constexpr,
                           C: constexpr, BK: constexpr, BV: constexpr, NORM: constexpr):  # fmt: skip
-    """The gradients of one chunk, given its state, the gradient of its last state, V~ and X.
+    """The gradients of one chunk (dq and dk of each value head), given its state, the gradient of
+    its last state, V~ and X.
 
     With the norm, x^ = x / |x|: dx = (dx^ - x^ (x^.dx^)) / |x|, where Q.dQ = rows(E) + Q.Y and
     K.dK = cols(E) + rows(F) + cols(F) + K.R - K.Z. Grid (chunks, HV).
@@ -471,7 +472,7 @@ def step_kernel(q, k, v, a, b, gate, A_log, dt_bias, weight, S0, real, o, S_out,
     once. Grid (B H). stride: of `real`; all else is contiguous."""
     head = tl.program_id(0).to(tl.int64)
     h, d, j, n = head % H, tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BD // BV)
-    # 1. g = -exp(A_log) softplus(x); what 1 + y drops of a small y is 6e-8 of g for A_log = 0
+    # 1. g = -exp(A_log) softplus(x), softplus to 6e-8: 1 + y drops the end of a small y
     x = tl.load(a + head).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
     softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
     g = -tl.exp(tl.load(A_log + h).to(tl.float32)) * softplus
@@ -533,7 +534,7 @@ def launch_forward(inputs, S0, scale, norm, keep, launch=True):
     if launch:
         how, walks, _ = tiles(H, HV, Dk, Dv, C, q.dtype, q.device)
         grid = (-(-Dv // walks["BV"]) * B * HV,)
-        begins = (S, 0) if S0 is None else (S0, Dk)  # with no rows it is not read
+        begins = (S, 0) if S0 is None else (S0, Dk)  # 0 rows: not read
         writes = o, S, *(kept or (None, None))
         with torch.cuda.device_of(q):
             prepare_kernel[count, HV](q, k, g, beta, NP, factors, T, scale, NORM=norm, **how)
