@@ -233,6 +233,13 @@ def recurrent_state(cache, layer_idx: int) -> RecurrentState:
         layer = cache.layers[layer_idx] = RecurrentState()
     return layer
 
+def load_checked(load, *args, **options):
+    """load(...) -> (model, info); UserError if weights are missing or not of its config."""
+    model, info = load(*args, output_loading_info=True, **options)
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    require(not wrong, f"{len(wrong)} weights are missing or not of the config: {wrong[:1]}")
+    return model, info
+
 class Hybrid:
     """A stock causal LM with a mixer in every layer that `config.softmax_layers` does not name."""
     _keep_in_fp32_modules_strict = [name for mixer in MIXERS.values() for name in mixer.fp32]
@@ -243,9 +250,7 @@ class Hybrid:
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **options):
-        model, info = super().from_pretrained(*args, output_loading_info=True, **options)
-        wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        require(not wrong, f"{len(wrong)} weights are missing or not of the config: {wrong[:1]}")
+        model, info = load_checked(super().from_pretrained, *args, **options)
         return (model, info) if output_loading_info else model
 
     def generate(self, *args, **options):
@@ -1228,10 +1233,7 @@ def load_teacher(s):
                 return AutoModelForCausalLM.from_config(config, dtype=s.dtype).eval(), None
         with one_sentence("it has no tokenizer that transformers can load"):
             tokenizer = AutoTokenizer.from_pretrained(place)
-        how = dict(dtype=s.dtype, output_loading_info=True)
-        teacher, info = AutoModelForCausalLM.from_pretrained(place, **how)
-        wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        require(not wrong, f"{len(wrong)} weights are missing or not of its config: {wrong[:1]}")
+        teacher, _ = load_checked(AutoModelForCausalLM.from_pretrained, place, dtype=s.dtype)
         return teacher.to(s.device).eval(), tokenizer
 
 def key(*parts) -> str:
@@ -1318,13 +1320,12 @@ def table(rows: list[dict]) -> str:
     kinds = {int: ",", float: ",.4g"}
     rows = [{n: x for n, x in row.items() if not isinstance(x, dict)} for row in rows]
     lines = [[f"{x:{kinds.get(type(x), '')}}" for x in row.values()] for row in rows]
-    lines = [rows[0], ["---"] * len(rows[0]), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], ["---"] * len(rows[0]), *lines))
 
 def main(argv=None) -> int:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "torch.distributed is disabled|.*checkpointing_enable")
-    torch._inductor.config.compile_threads = 1  # two functions, done before a pool has started
+    torch._inductor.config.compile_threads = 1  # a pool would start later than two functions end
     s = parse(argv)
     if "WORLD_SIZE" in os.environ:  # by torchrun: a GPU for each process, or all on the CPU
         if cuda := s.device.startswith("cuda"):
@@ -1340,9 +1341,8 @@ def main(argv=None) -> int:
             lock = filelock.FileLock(Path(s.out) / f".lock-{rank}", timeout=0)
             with one_sentence(f"cannot write in --out {s.out}, or it is in use by another process"):
                 lock.acquire()
-            corpus = EmbeddedCorpus(s.seed)
-            if s.data:
-                corpus = Corpus(load_tokens(s, tokenizer), s.held_out_tokens, s.seed, tokenizer)
+            corpus = EmbeddedCorpus(s.seed) if not s.data else Corpus(
+                load_tokens(s, tokenizer), s.held_out_tokens, s.seed, tokenizer)  # fmt: skip
             report = run(s, teacher, tokenizer, corpus)
             said = gather(write_report(s, report) if rank == 0 else None)[0]
     except KeyboardInterrupt:

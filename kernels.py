@@ -629,7 +629,7 @@ def one_token(q, k, v, g, beta, S):
     """Arguments of gated_delta_step, made of an example; its S^T S is square, and not in tf32."""
     v, a, b, S = v[:, :1], g[:, :1], beta[:, :1], (S.double().mT @ S.double()).to(S.dtype)
     x = v.roll(1, -1), v.flip(-1), v, v[..., 0], v[..., -1], v.roll(2, -1)
-    return *x, b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S, torch.ones(len(v), device=v.device).bool()
+    return *x, b[0, 0], a[0, 0], v[0, 0, 0], 1e-6, S, v.new_ones(len(v), dtype=torch.bool)
 
 def errors(rule, inputs, **options):
     """-> relative RMS errors (NAMES) of everything(rule) and Triton's step against fp64. What may
